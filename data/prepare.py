@@ -1,22 +1,22 @@
 """Documents in, tokens and provenance out: text becomes data/<name>/, which train.py and attribute.py read.
 
-    python data/prepare.py                                  # pydoc: Python's own documentation, offline, seconds
+    python data/prepare.py                                  # pydoc: Python's own documentation, offline, in seconds
     python data/prepare.py books/ --name=books              # .txt and .jsonl files, or folders of them
-    python data/prepare.py log.txt --separator='---'        # one file that holds many documents
-    python data/prepare.py shakespeare                      # downloads; so do tinystories and fineweb_edu
-    python data/prepare.py fineweb_edu --shards=14          # needs pip install pyarrow
+    python data/prepare.py notes.txt --separator='---'      # one file that holds many documents
+    python data/prepare.py shakespeare                      # a download; so are tinystories and fineweb_edu
+    python data/prepare.py fineweb_edu --shards=14          # needs: pip install pyarrow
 
-A .jsonl line is {"text": "...", "title": "...", "source": "..."}, the last two optional. Written to data/<name>/:
+A .jsonl line is {"text": "...", "title": "...", "source": "..."}, the last two optional. What is written:
 
     train.bin, val.bin      tokens, uint16 (uint32 above 65,536); every document is followed by one end-of-text token
     docs.json               one row a document: {"split", "start", "length", "source", "title"}; length counts the
                             end-of-text token, so tokens[start : start + length - 1] decode to the document's text
-    tokenizer.tiktoken      one token a line: its bytes in base64, its rank;  tokenizer.json: name, pattern, eot, n_vocab
-    meta.json               counts, dtype and the sha256 of each file; written last, so where it is, all is
+    tokenizer.tiktoken      a token a line: its bytes in base64, its rank;  tokenizer.json: name, pattern, eot, n_vocab
+    meta.json               counts, dtype and the sha256 of each file; written last: where it is, the rest is too
 
-Everything streams: memory stays flat however large the corpus. `python data/prepare.py --help` lists the options.
+Memory stays flat however large the corpus is.
 """
-import ast, base64, codecs, errno, functools, hashlib, heapq, http.client, itertools, json, os, re, shlex, shutil
+import ast, base64, codecs, errno, functools, hashlib, heapq, http.client, itertools, json, os, re, shlex
 import sys, sysconfig, tempfile, time, urllib.error, urllib.parse, urllib.request, warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -35,153 +35,150 @@ from prism import UserError, load_tokenizer, parse_config, run_main
 
 @dataclass
 class PrepareConfig:
-    name: str = ""                # the dataset's name; default: pydoc, or the stem of the one file or folder given
-    tokenizer: str = ""           # gpt2, bpe (trained on the corpus), byte, or a prepared dataset; default: bpe, downloads gpt2
+    name: str = ""                # the dataset's name; default: the corpus's, or the stem of the one file or folder given
+    tokenizer: str = ""           # gpt2, byte, bpe (trained on the corpus) or a prepared dataset; default: bpe, downloads gpt2
     vocab_size: int = 4096        # tokens of a trained bpe, the end-of-text token included
     bpe_chars: int = 50_000_000   # bpe is trained on at most so many characters of the training documents
-    val_fraction: float = 0.0     # share held out; 0 takes the source's own (0.1; fineweb_edu 0.005)
+    val_fraction: float = 0.0     # share held out; 0 takes the corpus's own (0.1; fineweb_edu 0.005)
     separator: str = ""           # text between the documents of a .txt file; none: one document a file
     shards: int = 1               # fineweb_edu: how many of its 14 files of about 2 GB
-    mirror: str = ""              # downloads: an address that stands in for the site's (https://huggingface.co, ...)
+    mirror: str = ""              # downloads: address that stands in for the site's (https://huggingface.co, ...)
     seed: int = 1337              # which documents are held out is a function of (seed, the document's place)
     workers: int = 0              # threads that tokenise; 0: one a core
-    data_dir: str = ""            # where data/<name>/ goes; default: the folder of this script
+    data_dir: str = ""            # the dataset goes to <data_dir>/<name>; default: the folder of this script
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents. A corpus is a stream of pieces that can be read again: documents may be larger than memory.
+# ----------------------------------------------------------------------------- documents
+# A corpus is a stream of pieces that can be read again. A document may be larger than memory.
 
 EOT = "<|endoftext|>"
-BLOCK = 1 << 20    # bytes read at once, and the size of a batch of text
-LONGEST = 1 << 22  # a stretch of text without a single blank is cut here, come what may
-FEW = 100          # a corpus of fewer documents is split inside its documents
+BLOCK = 1 << 20    # bytes read at once; about the size of a piece of a long document and of a batch of short ones
+LONGEST = 1 << 22  # characters without a blank after which a piece is cut all the same
 
 
 class Piece(NamedTuple):
-    """A stretch of a document; the pieces up to the next `first` belong to the same one."""
+    """A stretch of a document: up to the next `first`, the pieces belong to the same one."""
     first: bool
     title: str
     source: str
     text: str
-    split: str = ""  # "train" or "val" where the source has its own held-out file
+    split: str = ""  # "train" or "val" where the corpus comes with a held-out file of its own
 
 
 class Corpus(NamedTuple):
-    name: str
-    read: Callable        # () -> iterator of pieces, the same ones each time
+    read: Callable           # () -> iterator of pieces, the same ones each time
     tokenizer: str = "bpe"
     val_fraction: float = 0.1
-    size: int | None = None  # bytes to come, for the progress bar
-
-
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
+    size: int | None = None  # bytes, about the number of characters: for the progress bar
 
 
 @functools.cache
 def pydoc_pieces():
-    """Python's language reference, a document a topic, then the docstrings of its library, a document a module."""
+    """Python's language reference, a document a topic; then its library's docstrings, a document a module."""
     from pydoc_data.topics import topics
     pieces = [Piece(True, f"topics/{name}", "language reference", topics[name]) for name in sorted(topics)]
     root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "__pycache__"}
     for folder, inner, files in os.walk(root):
-        inner[:] = sorted(d for d in inner if d not in SKIPPED and "-" not in d)
-        for file in sorted(f for f in files if f.endswith(".py")):
-            module = (Path(folder) / file).relative_to(root).with_suffix("").parts
-            name = ".".join(module[:-1] if module[-1] == "__init__" else module)
+        inner[:] = sorted(set(inner) - skipped)
+        for path in sorted(Path(folder) / file for file in files if file.endswith(".py")):
+            *package, last = path.relative_to(root).with_suffix("").parts
+            name = ".".join(package if last == "__init__" else [*package, last])
             try:
                 with warnings.catch_warnings(action="ignore"):
-                    tree = ast.parse((Path(folder) / file).read_bytes())
+                    text = "\n\n".join(docstrings(ast.parse(path.read_bytes()), name))
             except (SyntaxError, ValueError):
                 continue
-            text = "".join(docstrings(tree, name))
-            if text:
-                pieces.append(Piece(True, name, name.split(".")[0].lstrip("_"), text))
+            if len(text) >= 200:  # less says next to nothing: a hundred codecs differ in a number alone
+                pieces.append(Piece(True, name, name.split(".")[0].lstrip("_"), text + "\n"))
     return pieces
 
 
 def docstrings(node, name):
     """Yields each docstring under the name it belongs to, in the order of the source."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        doc = ast.get_docstring(node)
-        if doc and doc.strip():
-            yield f"{name}\n\n{doc}\n\n"
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        yield f"{name}\n\n{ast.get_docstring(node).strip()}"
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.stmt, ast.ExceptHandler)):
-            yield from docstrings(child, f"{name}.{child.name}" if hasattr(child, "name") and isinstance(child, ast.stmt) else name)
+        if isinstance(child, ast.stmt):
+            yield from docstrings(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+        elif isinstance(child, ast.ExceptHandler):
+            yield from docstrings(child, name)
 
 
 def txt_pieces(path, title, source, separator=""):
-    """Streams a text file of any size, cut where the tokenizer cuts in any case.
+    """Streams a text file of any size in pieces whose tokens are those of the whole; line ends stay as they are.
 
-    GPT-2's pattern always ends a token where a non-blank is followed by a blank, so the tokens of the pieces are those
-    of the whole. Line ends stay as they are. Parts between separators lose the blanks around them; empty ones vanish.
+    GPT-2's pattern always ends a token where a non-blank is followed by a blank, so pieces are cut there. With a
+    `separator`, the documents between them lose the blanks around them and are numbered; empty ones vanish.
+    Raises UserError at a byte that is no UTF-8.
     """
-    decoder, tail, done, part, first = codecs.getincrementaldecoder("utf-8")(), "", 0, 1, True
-    boundary = re.compile(r".*\S(?=[ \t\r\n])", re.S)  # greedy: the last one; the pattern's \s includes these four
+    boundary = re.compile(r".*\S(?=[ \t\r\n])", re.S)  # greedy: the last place
+    decoder, tail, read, number, first = codecs.getincrementaldecoder("utf-8")(), "", 0, 1, True
+
+    def piece(text):
+        return Piece(first, f"{title}#{number}" if separator else title, source, text)
+
     with open(path, "rb") as f:
         for block in itertools.chain(iter(lambda: f.read(BLOCK), b""), [b""]):
-            pending = len(decoder.getstate()[0])
+            begin, read = read - len(decoder.getstate()[0]), read + len(block)
             try:
                 tail += decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
-                raise UserError(f"{path}: byte {done - pending + e.start} is no UTF-8; convert it: iconv -f latin1 -t utf-8") from None
-            done += len(block)
+                raise UserError(f"{path}: byte {begin + e.start} is no UTF-8; convert the file, for instance with "
+                                "iconv -f latin1 -t utf-8") from None
             *whole, tail = tail.split(separator) if separator else [tail]
             if not block:
-                whole, tail = whole + [tail], ""
+                whole, tail = [*whole, tail], ""
             for text in whole:  # each ends a document
-                text = text.strip() if separator and first else text.rstrip() if separator else text
+                text = text if not separator else text.strip() if first else text.rstrip()
                 if text:
-                    yield Piece(first, f"{title}#{part}" if separator else title, source, text)
-                part, first = part + (bool(text) or not first), True
+                    yield piece(text)
+                number, first = number + bool(text or not first), True
             if len(tail) >= BLOCK // 2:
-                end = len(tail) - len(separator)  # what follows may be the head of a separator
-                cut = boundary.match(tail, 0, end + 1) if end > 0 else None
+                end = len(tail) - len(separator)  # behind it may stand the head of a separator
+                cut = boundary.match(tail, 0, max(end + 1, 0))
                 at = cut.end() if cut else end if len(tail) > LONGEST else 0
-                text = tail[:at].lstrip() if separator and first else tail[:at]
+                text, tail = tail[:at], tail[at:]
+                text = text.lstrip() if separator and first else text
                 if text:
-                    yield Piece(first, f"{title}#{part}" if separator else title, source, text)
+                    yield piece(text)
                     first = False
-                tail = tail[at:]
 
 
 def jsonl_pieces(path, title, source):
-    """A document a line, checked."""
+    """A document a line. Raises UserError, naming file and line, for what is no document."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
+            where, expected = f"{path}:{number}", 'expected {"text": "...", "title": "...", "source": "..."} in UTF-8'
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as e:
-                raise UserError(f'{path}:{number}: {e}; expected {{"text": "..."}} in UTF-8') from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise UserError(f'{path}:{number}: found {line[:60].decode("utf-8", "replace").strip()}; expected {{"text": "..."}}')
-            piece = Piece(True, row.get("title", f"{title}#{number}"), row.get("source", source), row["text"])
-            try:
+                piece = Piece(True, row.get("title") or f"{title}#{number}", row.get("source") or source, row["text"])
                 "".join(piece[1:4]).encode("utf-8")
-            except TypeError:
-                raise UserError(f"{path}:{number}: title and source must be text") from None
             except UnicodeEncodeError as e:
-                raise UserError(f"{path}:{number}: half a surrogate pair (\\u{ord(e.object[e.start]):04x}) is no character; mend the line") from None
+                raise UserError(f"{where}: \\u{ord(e.object[e.start]):04x}, half a surrogate pair, is no character") from None
+            except ValueError as e:
+                raise UserError(f"{where}: {e}; {expected}") from None
+            except (AttributeError, KeyError, TypeError):
+                raise UserError(f"{where}: found {line[:60].decode('utf-8', 'replace').strip()}; {expected}") from None
             if piece.text:
                 yield piece
 
 
 def own_corpus(words, separator):
-    """The .txt and .jsonl files named, and those in the folders named, sorted."""
+    """The .txt and .jsonl files that `words` name, and those in the folders that they name, sorted."""
     files = []  # (path, title)
-    for word in words:
-        path = Path(word)
+    for path in map(Path, words):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
             if not found:
-                raise UserError(f"{word}: no .txt or .jsonl file in this folder")
+                raise UserError(f"{path}: no .txt or .jsonl file in this folder")
             files += [(p, p.relative_to(path).as_posix()) for p in found]
         elif not path.exists():
-            raise UserError(f"'{word}' is no file, no folder and no known corpus (pydoc, {', '.join(DOWNLOADS)})")
+            raise UserError(f"'{path}' is no file, no folder and no known corpus ({', '.join(SOURCES)})")
         elif path.suffix not in (".txt", ".jsonl"):
-            raise UserError(f"{word}: expected a .txt or a .jsonl file, or a folder of them; rename plain text to .txt")
+            raise UserError(f"{path}: expected a .txt or a .jsonl file, or a folder of them; rename plain text to .txt")
         else:
             files.append((path, path.name))
     for path, _ in files:
@@ -192,35 +189,27 @@ def own_corpus(words, separator):
         for path, title in files:
             yield from jsonl_pieces(path, title, path.stem) if path.suffix == ".jsonl" else \
                 txt_pieces(path, title, path.stem, separator)
-
-    name = Path(words[0]).resolve().stem if len(words) == 1 else ""
-    return Corpus(name, read, size=sum(path.stat().st_size for path, _ in files))
+    return Corpus(read, size=sum(path.stat().st_size for path, _ in files))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Downloads: resumed where they broke, checked against what the server announces.
+# ----------------------------------------------------------------------------- downloads
 
-HUGGING_FACE, GITHUB = "https://huggingface.co", "https://raw.githubusercontent.com"
-TINY = "/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-"
-FINEWEB = "/datasets/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/{:03d}_00000.parquet"
-SHAKESPEARE = "/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-ATTEMPTS, WAIT = 5, 1.0  # attempts in a row that bring nothing new; seconds before the second one, doubled each time
+ATTEMPTS, WAIT = 5, 1.0  # attempts in a row that bring nothing new; seconds after the first, doubled each time
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and keeps their headers: Hugging Face announces size and sha256 only there."""
+    """Follows redirects and keeps their headers: Hugging Face announces a file's size and sha256 only there."""
 
     def __init__(self):
-        self.seen = {}
+        self.headers = {}
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.seen |= {k.lower(): v for k, v in headers.items()}
+        self.headers |= {k.lower(): v for k, v in headers.items()}
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def transfer(url, part):
-    """One attempt, from where `part` ends. Returns what the server announces: (bytes in all or None, sha256 or None)."""
+    """One attempt, from where `part` ends. Returns the bytes that the answer makes in all (or None) and every header."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "prism", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     redirects = Redirects()
@@ -229,164 +218,162 @@ def transfer(url, part):
     except urllib.error.HTTPError as e:
         if e.code != 416:
             raise
-        answer = e  # nothing lies beyond `have`: the part may be complete
+        answer = e  # nothing lies behind `have`: complete, or not this file's part
     with answer:
         got = {k.lower(): v for k, v in answer.headers.items()}
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", got.get("content-range", ""))
-        resumed = answer.status == 206 and span is not None and span[1] is not None and int(span[1]) == have
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", got.get("content-range", ""))
+        resumed = answer.status == 206 and span and span[1] and int(span[1]) == have
         total = span[2] if span else got.get("content-length")
-        total = (redirects.seen | got).get("x-linked-size") or total
-        total = int(total) if total and total.isdigit() else None
-        sha256 = re.fullmatch(r'(?:W/)?"?([0-9a-f]{64})"?', (redirects.seen | got).get("x-linked-etag", ""))
+        total = int(total) if total else None
+        if answer.status == 416 and have != total or answer.status == 206 and not resumed:
+            part.unlink()
+            raise OSError("the server cannot go on where the download broke: from the start")
         if answer.status != 416:
+            part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "ab" if resumed else "wb") as f, tqdm(
-                    total=total, initial=have if resumed else 0, unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
+                    total=total, initial=f.tell(), unit="B", unit_scale=True, desc=part.stem, disable=None) as bar:
                 while block := answer.read(BLOCK):
                     f.write(block)
                     bar.update(len(block))
-        return total, sha256 and sha256[1]
+        return total, redirects.headers | got
 
 
-def fetch(url, path, sha256=None):
+def fetch(url, path, sha256=""):
     """Downloads `url` to `path` unless it is there; a broken download goes on where it stopped.
 
     Raises UserError where the server refuses, keeps breaking off, or sends another size or sha256 than announced.
     """
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part, failures = path.with_name(path.name + ".part"), 0
     size = lambda: part.stat().st_size if part.exists() else 0
-    failures = 0
-    while True:
+    while not path.exists():
         before = size()
         try:
-            total, announced = transfer(url, part)
-            if total is None or size() == total:
-                break
-            problem = f"{size():,} of {total:,} bytes arrived"
-            if size() > total:
-                part.unlink()
-                raise UserError(f"{url}: {size():,} bytes arrived where the server announced {total:,}; run the command again")
+            total, headers = transfer(url, part)
+            problem = "" if total in (None, size()) else f"{size():,} of {total:,} bytes arrived"
         except urllib.error.HTTPError as e:
-            if e.code < 500 and e.code not in (408, 429):
-                raise UserError(f"{url}: the server answers {e.code} {e.reason}; if the file has moved, name a copy with --mirror=URL") from None
             problem = f"the server answers {e.code} {e.reason}"
+            if e.code < 500 and e.code not in (408, 429):
+                raise UserError(f"{url}: {problem}; if the file has moved, name a copy's site with --mirror=URL") from None
         except (OSError, http.client.HTTPException) as e:
             if getattr(e, "errno", None) == errno.ENOSPC:
                 raise
             problem = str(getattr(e, "reason", e)) or type(e).__name__
-        failures = 0 if size() > before else failures + 1
-        if failures >= ATTEMPTS:
-            raise UserError(f"{url}: {problem}, {ATTEMPTS} times in a row; the same command resumes, --mirror=URL names another server")
-        time.sleep(WAIT * 2 ** failures)
-    with open(part, "rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if (sha256 or announced or found) != found:
-        part.unlink()
-        raise UserError(f"{url}: sha256 {found} arrived, expected {sha256 or announced}; removed it, run the command again")
-    os.replace(part, path)
+        if problem:
+            failures = 0 if size() > before else failures + 1
+            if failures == ATTEMPTS:
+                raise UserError(f"{url}: {problem}; the same command tries again and resumes, --mirror=URL asks another server")
+            time.sleep(WAIT * 2 ** max(failures - 1, 0))
+            continue
+        announced = re.fullmatch(r'"?([0-9a-f]{64})"?', headers.get("x-linked-etag", ""))
+        expected = sha256 or (announced[1] if announced else "")
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()
+        wrong = f"{size():,} bytes" if str(size()) != headers.get("x-linked-size", str(size())) else \
+            f"sha256 {found}" if expected not in ("", found) else ""
+        if wrong:
+            part.unlink()
+            raise UserError(f"{url}: {wrong} arrived, expected {headers.get('x-linked-size', '?')} bytes, sha256 "
+                            f"{expected or '?'}; what arrived is removed: run the command again, or name another --mirror=URL")
+        os.replace(part, path)
 
 
 def shakespeare(folder, cfg):
     path = folder / "tinyshakespeare.txt"
-    fetch((cfg.mirror or GITHUB).rstrip("/") + SHAKESPEARE, path, SHAKESPEARE_SHA)
-    return Corpus("shakespeare", lambda: txt_pieces(path, path.name, "shakespeare"), "gpt2", size=path.stat().st_size)
+    fetch((cfg.mirror or "https://raw.githubusercontent.com").rstrip("/") + "/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+          path, sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+    return Corpus(lambda: txt_pieces(path, path.name, "shakespeare"), "gpt2", size=path.stat().st_size)
+
+
+def hugging_face(cfg, dataset, file, folder):
+    """A file of a dataset there, downloaded; returns its path."""
+    path = folder / file.rpartition("/")[2]
+    fetch(f"{(cfg.mirror or 'https://huggingface.co').rstrip('/')}/datasets/{dataset}/resolve/main/{file}", path)
+    return path
 
 
 def tinystories(folder, cfg):
-    paths = {split: folder / f"TinyStoriesV2-GPT4-{file}.txt" for split, file in (("train", "train"), ("val", "valid"))}
-    for path in reversed(paths.values()):  # the small one first: trouble shows early
-        fetch((cfg.mirror or HUGGING_FACE).rstrip("/") + TINY + path.stem.rpartition("-")[2] + ".txt", path)
+    val, train = (hugging_face(cfg, "roneneldan/TinyStories", f"TinyStoriesV2-GPT4-{split}.txt", folder) for split in ("valid", "train"))
 
     def read():
-        for split, path in paths.items():
-            for piece in txt_pieces(path, path.stem, "TinyStories", EOT):
-                yield piece._replace(split=split)
-    return Corpus("tinystories", read, "gpt2", size=sum(path.stat().st_size for path in paths.values()))
+        for split, path in (("train", train), ("val", val)):
+            yield from (piece._replace(split=split) for piece in txt_pieces(path, path.stem, "TinyStories", EOT))
+    return Corpus(read, "gpt2", size=train.stat().st_size + val.stat().st_size)
 
 
 def fineweb_edu(folder, cfg):
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow.parquet
     except ImportError:
         raise UserError("fineweb_edu comes as parquet files; run: pip install pyarrow") from None
     if not 1 <= cfg.shards <= 14:
         raise UserError(f"--shards={cfg.shards}: fineweb_edu's sample has 14 files; give 1 to 14")
-    paths = [folder / f"{i:03d}_00000.parquet" for i in range(cfg.shards)]
-    for i, path in enumerate(paths):
-        fetch((cfg.mirror or HUGGING_FACE).rstrip("/") + FINEWEB.format(i), path)
+    paths = [hugging_face(cfg, "HuggingFaceFW/fineweb-edu", f"sample/10BT/{i:03d}_00000.parquet", folder) for i in range(cfg.shards)]
 
     def read():
         for path in paths:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=256, columns=["text", "url"]):
-                    for text, url in zip(batch.column("text").to_pylist(), batch.column("url").to_pylist()):
-                        if text:
-                            yield Piece(True, url or "", urllib.parse.urlsplit(url or "").hostname or "", text)
-    return Corpus("fineweb_edu", read, "gpt2", 0.005)
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256, columns=["text", "url"]):
+                for row in batch.to_pylist():
+                    if row["text"]:
+                        yield Piece(True, row["url"], urllib.parse.urlsplit(row["url"]).hostname or "", row["text"])
+    return Corpus(read, "gpt2", 0.005)
 
 
-DOWNLOADS = {"tinystories": tinystories, "fineweb_edu": fineweb_edu, "shakespeare": shakespeare}
+SOURCES = {"pydoc": lambda folder, cfg: Corpus(pydoc_pieces), "shakespeare": shakespeare,
+           "tinystories": tinystories, "fineweb_edu": fineweb_edu}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Held-out text.
+# ----------------------------------------------------------------------------- held-out text
+
+FEW = 100  # a corpus of fewer documents is split inside them: whole ones would hold out few sources or none
+
 
 def few_lengths(corpus):
-    """Characters of each document of a small corpus; None for one of FEW documents or more, of which no more is read."""
+    """Characters of each document of a small corpus; None for a corpus of FEW or more, or with a held-out file."""
     lengths = []
     for piece in corpus.read():
-        if piece.split:
-            return None
         if piece.first:
             lengths.append(0)
-            if len(lengths) == FEW:
-                return None
         lengths[-1] += len(piece.text)
+        if piece.split or len(lengths) == FEW:
+            return None
     return lengths
 
 
 def with_splits(corpus, lengths, fraction, seed):
-    """The corpus's pieces, each with its split.
+    """Yields the corpus's pieces with their split.
 
     A document is held out where a hash of (seed, its place) falls below `fraction`. With `lengths` (few documents) the
     end of each is held out instead, as a document of its own, cut where the tokenizer cuts.
     """
-    place = -1
+    place, split, at = -1, "", 0
     for piece in corpus.read():
-        place += piece.first
-        if lengths is None:
-            draw = int.from_bytes(hashlib.sha256(f"{seed}:{place}".encode()).digest()[:8], "big") / 2 ** 64
-            yield piece if piece.split else piece._replace(split="val" if draw < fraction else "train")
-            continue
         if piece.first:
-            at, split, target = 0, "train", int(lengths[place] * (1 - fraction))
-        text, cut = piece.text, None
-        if split == "train" and at + len(text) > target:
-            cuts = [m.end() for m in re.finditer(r"\S(?=[ \t\r\n]+\S)", text)]
-            cut = max((c for c in cuts if c <= target - at), default=0 if at else cuts[0] if cuts else None)
-        at += len(text)
-        if cut is None:
-            yield piece._replace(split=split)
-        else:
-            if cut:
-                yield piece._replace(text=text[:cut], split="train")
-            split = "val"
-            yield piece._replace(text=text[cut:], split="val", first=True)
+            place, split, at = place + 1, piece.split or "train", 0
+            draw = int.from_bytes(hashlib.sha256(f"{seed}:{place}".encode()).digest()[:8], "big") / 2 ** 64
+            if lengths is None and not piece.split and draw < fraction:
+                split = "val"
+        if lengths and split == "train" and (target := int(lengths[place] * (1 - fraction)) - at) < len(piece.text):
+            cuts = [0] * (at > 0) + [m.end() for m in re.finditer(r"\S(?=[ \t\r\n]+\S)", piece.text)]
+            if cuts:  # the last one before the target, else the first: a document of one word stays whole
+                cut = max((c for c in cuts if c <= target), default=cuts[0])
+                if cut:
+                    yield piece._replace(split="train", text=piece.text[:cut])
+                split, at = "val", at + cut
+                piece = piece._replace(first=True, text=piece.text[cut:])
+        yield piece._replace(split=split)
+        at += len(piece.text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers.
+# ----------------------------------------------------------------------------- tokenizers
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def train_bpe(texts, n_tokens):
-    """Byte-level BPE: {token's bytes: rank}, 256 single bytes, then one merge a rank, most frequent first.
+    """Byte-level BPE: {token's bytes: rank}, 256 single bytes, then a merge a rank, the most frequent first.
 
-    A merge is known by the bytes it makes, so that "a" + "bc" and "ab" + "c" are one candidate, as they are one token
-    for tiktoken. Ties go to the smaller bytes. Counts follow each merge, only in the words that hold it.
+    A merge is known by the bytes it makes: "a" + "bc" and "ab" + "c" are one, as they are one token. Ties go to the
+    smaller bytes. Counts follow each merge, in the words that hold it alone.
     """
     words = Counter()
     for text in texts:
@@ -394,18 +381,17 @@ def train_bpe(texts, n_tokens):
     symbols, times = [], []
     for word, n in words.items():
         word = word.encode("utf-8")
-        for i in range(0, len(word), 64):  # a very long "word" teaches no more than its stretches, and costs more
+        for i in range(0, len(word), 64):  # an endless "word" teaches no more than its stretches, and costs more
             symbols.append([bytes([b]) for b in word[i:i + 64]])
             times.append(n)
-    count, where = Counter(), defaultdict(set)  # merged bytes -> occurrences, words that hold it
+    ranks, count, where, touched = {bytes([b]): b for b in range(256)}, Counter(), defaultdict(set), set()
 
     def tally(w, sign):
         for pair in map(bytes.__add__, symbols[w], symbols[w][1:]):
             count[pair] += sign * times[w]
-            where[pair].add(w)
+            where[pair].add(w)  # may outlive the pair in this word: merging there again changes nothing
             touched.add(pair)
 
-    ranks, touched = {bytes([b]): b for b in range(256)}, set()
     for w in range(len(symbols)):
         tally(w, 1)
     heap = [(-n, pair) for pair, n in count.items()]
@@ -413,9 +399,9 @@ def train_bpe(texts, n_tokens):
     while heap and len(ranks) < n_tokens:
         n, pair = heapq.heappop(heap)
         if n == 0 or -n != count[pair]:
-            continue  # an old entry: the count has changed since, and a newer one stands in the heap
+            continue  # an old entry: the pair's count has changed, and a newer one stands in the heap
         ranks.setdefault(pair, len(ranks))
-        touched = set()
+        touched.clear()
         for w in where.pop(pair):
             tally(w, -1)
             old, new, i = symbols[w], [], 0
@@ -430,42 +416,40 @@ def train_bpe(texts, n_tokens):
     return ranks
 
 
-def make_tokenizer(kind, texts, cfg):
-    """A tiktoken.Encoding: gpt2, bpe trained on `texts`, byte, or that of a prepared dataset."""
+def make_tokenizer(kind, pieces, cfg):
+    """A tiktoken.Encoding: gpt2, byte, bpe trained on the training part of `pieces`, or that of a prepared dataset."""
     if kind == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as e:  # requests' errors, or a wrong hash in the cache
-            raise UserError(f"GPT-2's vocabulary cannot be fetched ({type(e).__name__}); connect to the network, point "
-                            "TIKTOKEN_CACHE_DIR at a folder that holds it, or train your own: --tokenizer=bpe") from None
+        except Exception as e:  # tiktoken downloads it: whatever requests raises, or a wrong hash in the cache
+            raise UserError(f"GPT-2's vocabulary cannot be had ({type(e).__name__}): connect to the network, or point "
+                            "TIKTOKEN_CACHE_DIR at a folder that holds it, or train your own with --tokenizer=bpe") from None
     if kind not in ("bpe", "byte"):
         for folder in (Path(kind), data_dir(cfg) / kind):
             if (folder / "tokenizer.json").exists():
                 return load_tokenizer(folder)
-        raise UserError(f"--tokenizer={kind}: expected gpt2, bpe, byte or the folder of a prepared dataset")
-    if kind == "bpe" and cfg.vocab_size <= 257:
-        raise UserError(f"--vocab_size={cfg.vocab_size}: bpe needs more than 256 bytes and the end-of-text token; give 258 or more")
-    ranks = train_bpe(texts, cfg.vocab_size - 1 if kind == "bpe" else 256)
+        raise UserError(f"--tokenizer={kind}: expected gpt2, byte, bpe or the folder of a prepared dataset")
+    if kind == "bpe" and cfg.vocab_size < 258:
+        raise UserError(f"--vocab_size={cfg.vocab_size}: 256 bytes, one merge and the end-of-text token make 258; give as many")
+
+    def texts(left=cfg.bpe_chars):
+        for piece in pieces:
+            if left <= 0:
+                return
+            if piece.split == "train":
+                yield piece.text[:left]
+                left -= len(piece.text)
+
+    ranks = train_bpe(texts() if kind == "bpe" else [], cfg.vocab_size - 1)
     if kind == "bpe" and len(ranks) < cfg.vocab_size - 1:
         print(f"the corpus is too small for {cfg.vocab_size} tokens: the vocabulary has {len(ranks) + 1}")
     return tiktoken.Encoding(kind, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
-def bpe_texts(pieces, limit):
-    """The training text, up to `limit` characters."""
-    for piece in pieces:
-        if limit <= 0:
-            return
-        if piece.split == "train":
-            yield piece.text[:limit]
-            limit -= len(piece.text)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens and provenance out.
+# ----------------------------------------------------------------------------- tokens and provenance out
 
 class Hashed:
-    """A file opened for writing that knows the sha256 of what went into it."""
+    """A file for writing that knows the sha256 of what went into it."""
 
     def __init__(self, path):
         self.file, self.sha = open(path, "wb"), hashlib.sha256()
@@ -475,85 +459,77 @@ class Hashed:
         self.sha.update(data)
 
     def close(self):
-        """Flushes to the disk; returns the sha256 in hex."""
+        """Returns the sha256 in hex, with the bytes safe on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         return self.sha.hexdigest()
 
 
-def batches(pieces, size=BLOCK):
-    """Lists of pieces of about `size` characters."""
+def batches(pieces):
+    """Lists of pieces of about BLOCK characters."""
     batch, n = [], 0
     for piece in pieces:
         batch.append(piece)
         n += len(piece.text)
-        if n >= size:
+        if n >= BLOCK:
             yield batch
             batch, n = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def in_order(pool, job, items, ahead):
-    """Yields (item, job(item)) in order, with at most `ahead` items in the works: memory stays flat."""
+    """Yields (item, job(item)) in order, at most `ahead` of them under way: Pool.imap would read on without end."""
     waiting = deque()
     for item in items:
         waiting.append((item, pool.submit(job, item)))
-        if len(waiting) >= ahead:
-            item, future = waiting.popleft()
-            yield item, future.result()
+        if len(waiting) == ahead:
+            yield waiting[0][0], waiting.popleft()[1].result()
     while waiting:
-        item, future = waiting.popleft()
-        yield item, future.result()
+        yield waiting[0][0], waiting.popleft()[1].result()
 
 
 def write_tokens(pieces, encoding, folder, workers, size=None):
-    """Tokenises `pieces` into train.bin, val.bin and docs.json in `folder`; returns meta.json's counts and hashes."""
+    """Tokenises `pieces` into train.bin, val.bin and docs.json in `folder`. Returns part of meta.json, number of sources."""
     dtype = np.dtype("uint16" if encoding.n_vocab <= 65536 else "uint32")
-    eot = np.array(encoding.eot_token, dtype).tobytes()
-    files = {"train": Hashed(folder / "train.bin"), "val": Hashed(folder / "val.bin"), "docs": Hashed(folder / "docs.json")}
-    totals = {"train": {"tokens": 0, "documents": 0}, "val": {"tokens": 0, "documents": 0}}
-    characters, sources, row, out = 0, set(), None, {}
+    files = {name: Hashed(folder / name) for name in ("train.bin", "val.bin", "docs.json")}
+    totals = {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
+    characters, sources, row = 0, set(), None
 
-    def job(batch):  # tiktoken lets go of the interpreter's lock, so threads run side by side
-        return [encoding.encode_to_numpy(p.text, disallowed_special=()).astype(dtype).tobytes() for p in batch]
+    def tokenise(batch):  # tiktoken lets go of the interpreter's lock: threads, as fast as processes, and nothing to copy
+        return [encoding.encode_to_numpy(piece.text, disallowed_special=()).astype(dtype) for piece in batch]
 
-    def finish(row):
-        out[row["split"]].append(eot)
-        row["length"] += 1
-        files["docs"].write(("[\n" if not len(sources) else ",\n").encode() + json.dumps(row, ensure_ascii=False).encode("utf-8"))
-        sources.add(row["source"])
-        totals[row["split"]]["tokens"] += row["length"]
+    def write(split, tokens):
+        files[f"{split}.bin"].write(tokens)
+        totals[split]["tokens"] += len(tokens)
+        row["length"] += len(tokens)
+
+    def finish():
+        write(row["split"], np.array([encoding.eot_token], dtype))
+        files["docs.json"].write(b",\n" if sources else b"[\n")
+        files["docs.json"].write(json.dumps(row, ensure_ascii=False).encode("utf-8"))
         totals[row["split"]]["documents"] += 1
+        sources.add(row["source"])
 
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=size, unit="B", unit_scale=True, desc="tokens", disable=None) as bar:
-        for batch, tokens in in_order(pool, job, batches(pieces), 4 * workers):
-            out = {"train": [], "val": []}
-            for piece, data in zip(batch, tokens):
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=size, unit="char", unit_scale=True, disable=None) as bar:
+        for batch, arrays in in_order(pool, tokenise, batches(pieces), 4 * workers):
+            for piece, tokens in zip(batch, arrays):
                 if piece.first:
                     if row:
-                        finish(row)
+                        finish()
                     row = {"split": piece.split, "start": totals[piece.split]["tokens"], "length": 0,
                            "source": piece.source, "title": piece.title}
-                out[row["split"]].append(data)
-                row["length"] += len(data) // dtype.itemsize
+                write(piece.split, tokens)
                 characters += len(piece.text)
-                bar.update(len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8")))
-            for split in out:
-                files[split].write(b"".join(out[split]))
-        out = {"train": [], "val": []}
-        if row:
-            finish(row)
-        for split in out:
-            files[split].write(b"".join(out[split]))
-        files["docs"].write(b"\n]\n")
-    sha256 = {name: files[key].close() for name, key in (("train.bin", "train"), ("val.bin", "val"), ("docs.json", "docs"))}
+                bar.update(len(piece.text))
+        finish()
+        files["docs.json"].write(b"\n]\n")
+    sha256 = {name: file.close() for name, file in files.items()}
     return {"dtype": dtype.name, **totals, "characters": characters, "sha256": sha256}, len(sources)
 
 
 def write_tokenizer(encoding, folder):
-    """tokenizer.json and tokenizer.tiktoken, as prism.load_tokenizer reads them; returns the latter's sha256."""
+    """tokenizer.json and tokenizer.tiktoken, as prism.load_tokenizer reads them. Returns the latter's sha256."""
     about = {"name": encoding.name, "pattern": encoding._pat_str, "eot": encoding.eot_token, "n_vocab": encoding.n_vocab}
     (folder / "tokenizer.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", "utf-8")
     file = Hashed(folder / "tokenizer.tiktoken")
@@ -563,28 +539,24 @@ def write_tokenizer(encoding, folder):
 
 
 def data_dir(cfg):
-    return Path(cfg.data_dir) if cfg.data_dir else Path(__file__).resolve().parent
+    return Path(cfg.data_dir or Path(__file__).resolve().parent)
 
 
 def find_corpus(words, cfg):
-    """The corpus that the words name. Returns it with the folder that it will be prepared in."""
-    known = {"pydoc", *DOWNLOADS} & set(words)
+    """The corpus that `words` name, and the folder of its dataset."""
+    known = set(words) & set(SOURCES)
     if known and len(words) > 1:
-        raise UserError(f"{known.pop()} stands alone; found {' '.join(words)}")
-    corpus = None if known else own_corpus(words, cfg.separator)
-    name = cfg.name or (words[0] if known else corpus.name)
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in ("prepare", ".", ".."):
-        raise UserError(f"'{name}' cannot name a dataset: give --name=NAME of letters, digits, _ . - (and not 'prepare')")
+        raise UserError(f"{known.pop()} goes alone; found: {' '.join(words)}")
+    stem = Path(words[0]).resolve().name if Path(words[0]).is_dir() else Path(words[0]).stem
+    name = cfg.name or (stem if len(words) == 1 else "")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (".", "..", "prepare"):
+        raise UserError(f"'{name}' cannot name a dataset; give --name=NAME: letters, digits, _ . - (but not 'prepare')")
     folder = data_dir(cfg) / name
-    if words == ["pydoc"]:
-        corpus = Corpus("pydoc", pydoc_pieces)
-    elif known:
-        corpus = DOWNLOADS[words[0]](folder / "download", cfg)
-    return corpus, folder
+    return SOURCES[words[0]](folder / "download", cfg) if known else own_corpus(words, cfg.separator), folder
 
 
 def prepare(words, cfg, command=""):
-    """Prepares the corpus that `words` name; returns its meta.json as a dict. A dataset of that name is replaced at the end."""
+    """Prepares the corpus that `words` name. Returns what meta.json holds. An older dataset of the name stays until the end."""
     start = time.time()
     corpus, folder = find_corpus(words, cfg)
     fraction = cfg.val_fraction or corpus.val_fraction
@@ -592,36 +564,34 @@ def prepare(words, cfg, command=""):
         raise UserError(f"--val_fraction={cfg.val_fraction}: expected more than 0 and less than 1")
     lengths = few_lengths(corpus)
     if lengths == []:
-        raise UserError(f"no text in {' '.join(words)}; expected at least one document with text")
+        raise UserError(f"{' '.join(words)}: no text; expected at least one document with text")
     if lengths:
-        print(f"{len(lengths)} document{'s' * (len(lengths) > 1)}, fewer than {FEW}: the last {fraction:.1%} of each is held out")
-    pieces = lambda: with_splits(corpus, lengths, fraction, cfg.seed)
-    encoding = make_tokenizer(cfg.tokenizer or corpus.tokenizer, bpe_texts(pieces(), cfg.bpe_chars), cfg)
-    created = not folder.exists()
+        print(f"documents: {len(lengths)}, fewer than {FEW}: of each, the last {fraction:.1%} is held out")
+    encoding = make_tokenizer(cfg.tokenizer or corpus.tokenizer, with_splits(corpus, lengths, fraction, cfg.seed), cfg)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
             new = Path(new)
-            meta, n_sources = write_tokens(pieces(), encoding, new, cfg.workers or len(os.sched_getaffinity(0)), corpus.size)
+            counts, n_sources = write_tokens(with_splits(corpus, lengths, fraction, cfg.seed), encoding, new,
+                                             cfg.workers or os.cpu_count(), corpus.size)
             for split in ("train", "val"):
-                if not meta[split]["documents"]:
-                    raise UserError(f"no document fell to {split} of {meta['train']['documents'] + meta['val']['documents']}; "
-                                    "give more text or another --val_fraction")
-            meta["sha256"]["tokenizer.tiktoken"] = write_tokenizer(encoding, new)
+                if not counts[split]["documents"]:
+                    raise UserError(f"no text for {split}: too little, or --val_fraction={fraction} does not suit it")
             meta = {"format": 1, "name": folder.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-                    "tokenizer": encoding.name, **meta, "command": command}
+                    "tokenizer": encoding.name, **counts, "command": command}
+            meta["sha256"]["tokenizer.tiktoken"] = write_tokenizer(encoding, new)
             (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
-            for file in ("train.bin", "val.bin", "docs.json", "tokenizer.tiktoken", "tokenizer.json", "meta.json"):
-                os.replace(new / file, folder / file)
+            for name in ("train.bin", "val.bin", "docs.json", "tokenizer.tiktoken", "tokenizer.json", "meta.json"):
+                os.replace(new / name, folder / name)
     finally:
-        if created and not any(folder.iterdir()):
+        if not any(folder.iterdir()):
             folder.rmdir()
-    tokens = meta["train"]["tokens"] + meta["val"]["tokens"]
-    print(f"{'':10}{'documents':>12}{'tokens':>16}")
+    print(f"{'':8}{'documents':>12}{'tokens':>16}")
     for split in ("train", "val"):
-        print(f"{split:10}{meta[split]['documents']:12,}{meta[split]['tokens']:16,}")
+        print(f"{split:8}{meta[split]['documents']:12,}{meta[split]['tokens']:16,}")
+    tokens = meta["train"]["tokens"] + meta["val"]["tokens"]
     print(f"{meta['characters'] / tokens:.2f} characters a token ({encoding.name}, {encoding.n_vocab:,} tokens), "
-          f"{n_sources:,} sources, {time.time() - start:.1f} s, in {folder}")
+          f"{n_sources:,} sources, {time.time() - start:.1f} s, in {os.path.relpath(folder)}")
     print(f"next: python train.py --dataset={folder.name}")
     return meta
 
