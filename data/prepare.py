@@ -16,7 +16,7 @@ A .jsonl line is {"text": "...", "title": "...", "source": "..."}, the last two 
 
 Memory stays flat however large the corpus is.
 """
-import ast, base64, codecs, errno, functools, hashlib, heapq, http.client, itertools, json, os, re, shlex
+import ast, base64, codecs, contextlib, errno, functools, hashlib, heapq, http.client, itertools, json, os, re, shlex
 import sys, sysconfig, tempfile, time, urllib.error, urllib.parse, urllib.request, warnings
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +158,7 @@ def jsonl_pieces(path, title, source):
                 "".join(piece[1:4]).encode("utf-8")
             except UnicodeEncodeError as e:
                 raise UserError(f"{where}: \\u{ord(e.object[e.start]):04x}, half a surrogate pair, is no character") from None
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise UserError(f"{where}: {e}; {expected}") from None
             except (AttributeError, KeyError, TypeError):
                 raise UserError(f"{where}: found {line[:60].decode('utf-8', 'replace').strip()}; {expected}") from None
@@ -448,24 +448,6 @@ def make_tokenizer(kind, pieces, cfg):
 
 # ----------------------------------------------------------------------------- tokens and provenance out
 
-class Hashed:
-    """A file for writing that knows the sha256 of what went into it."""
-
-    def __init__(self, path):
-        self.file, self.sha = open(path, "wb"), hashlib.sha256()
-
-    def write(self, data):
-        self.file.write(data)
-        self.sha.update(data)
-
-    def close(self):
-        """Returns the sha256 in hex, with the bytes safe on the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.sha.hexdigest()
-
-
 def batches(pieces):
     """Lists of pieces of about BLOCK characters."""
     batch, n = [], 0
@@ -492,26 +474,33 @@ def in_order(pool, job, items, ahead):
 def write_tokens(pieces, encoding, folder, workers, size=None):
     """Tokenises `pieces` into train.bin, val.bin and docs.json in `folder`. Returns part of meta.json, number of sources."""
     dtype = np.dtype("uint16" if encoding.n_vocab <= 65536 else "uint32")
-    files = {name: Hashed(folder / name) for name in ("train.bin", "val.bin", "docs.json")}
+    names = ("train.bin", "val.bin", "docs.json")
+    hashes = {name: hashlib.sha256() for name in names}
     totals = {split: {"tokens": 0, "documents": 0} for split in ("train", "val")}
     characters, sources, row = 0, set(), None
 
     def tokenise(batch):  # tiktoken lets go of the interpreter's lock: threads, as fast as processes, and nothing to copy
         return [encoding.encode_to_numpy(piece.text, disallowed_special=()).astype(dtype) for piece in batch]
 
-    def write(split, tokens):
-        files[f"{split}.bin"].write(tokens)
-        totals[split]["tokens"] += len(tokens)
+    def put(name, data):
+        files[name].write(data)
+        hashes[name].update(data)
+
+    def add(tokens):
+        put(f"{row['split']}.bin", tokens)
+        totals[row["split"]]["tokens"] += len(tokens)
         row["length"] += len(tokens)
 
     def finish():
-        write(row["split"], np.array([encoding.eot_token], dtype))
-        files["docs.json"].write(b",\n" if sources else b"[\n")
-        files["docs.json"].write(json.dumps(row, ensure_ascii=False).encode("utf-8"))
+        add(np.array([encoding.eot_token], dtype))
+        put("docs.json", (",\n" if sources else "[\n").encode() + json.dumps(row, ensure_ascii=False).encode("utf-8"))
         totals[row["split"]]["documents"] += 1
         sources.add(row["source"])
 
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=size, unit="char", unit_scale=True, disable=None) as bar:
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        bar = stack.enter_context(tqdm(total=size, unit="char", unit_scale=True, disable=None))
         for batch, arrays in in_order(pool, tokenise, batches(pieces), 4 * workers):
             for piece, tokens in zip(batch, arrays):
                 if piece.first:
@@ -519,12 +508,12 @@ def write_tokens(pieces, encoding, folder, workers, size=None):
                         finish()
                     row = {"split": piece.split, "start": totals[piece.split]["tokens"], "length": 0,
                            "source": piece.source, "title": piece.title}
-                write(piece.split, tokens)
+                add(tokens)
                 characters += len(piece.text)
                 bar.update(len(piece.text))
         finish()
-        files["docs.json"].write(b"\n]\n")
-    sha256 = {name: file.close() for name, file in files.items()}
+        put("docs.json", b"\n]\n")
+    sha256 = {name: hashes[name].hexdigest() for name in names}
     return {"dtype": dtype.name, **totals, "characters": characters, "sha256": sha256}, len(sources)
 
 
@@ -532,10 +521,10 @@ def write_tokenizer(encoding, folder):
     """tokenizer.json and tokenizer.tiktoken, as prism.load_tokenizer reads them. Returns the latter's sha256."""
     about = {"name": encoding.name, "pattern": encoding._pat_str, "eot": encoding.eot_token, "n_vocab": encoding.n_vocab}
     (folder / "tokenizer.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    file = Hashed(folder / "tokenizer.tiktoken")
-    for piece, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
-        file.write(base64.b64encode(piece) + f" {rank}\n".encode())
-    return file.close()
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    data = b"".join(base64.b64encode(piece) + f" {rank}\n".encode() for piece, rank in ranks)
+    (folder / "tokenizer.tiktoken").write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def data_dir(cfg):
@@ -581,7 +570,10 @@ def prepare(words, cfg, command=""):
                     "tokenizer": encoding.name, **counts, "command": command}
             meta["sha256"]["tokenizer.tiktoken"] = write_tokenizer(encoding, new)
             (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
-            for name in ("train.bin", "val.bin", "docs.json", "tokenizer.tiktoken", "tokenizer.json", "meta.json"):
+            for name in (names := ("train.bin", "val.bin", "docs.json", "tokenizer.tiktoken", "tokenizer.json", "meta.json")):
+                with open(new / name, "rb+") as f:
+                    os.fsync(f.fileno())
+            for name in names:
                 os.replace(new / name, folder / name)
     finally:
         if not any(folder.iterdir()):

@@ -8,7 +8,7 @@ The text is Python's documentation, its lines and the words in them resampled (s
 `python data/prepare.py` in a process of its own, so that the time is what users wait for: reading, tokenising, hashing,
 writing, fsync; a 4,096-token BPE is trained once beforehand. Writes experiments/results/tokenize_1gb.json.
 """
-import json, os, platform, random, re, subprocess, sys, tempfile, time
+import json, os, platform, random, re, resource, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -53,8 +53,9 @@ def memory(pid):
 
 
 def run(text, folder, tokenizer, workers):
-    """One run of data/prepare.py. Returns its seconds, peak resident bytes and meta.json."""
-    start, peak = time.perf_counter(), 0
+    """One run of data/prepare.py. Returns its seconds, cores it got, peak resident bytes and meta.json."""
+    cpu = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    start, before, peak = time.perf_counter(), cpu(), 0
     process = subprocess.Popen([sys.executable, ROOT / "data/prepare.py", text, "--name=run", f"--data_dir={folder}",
                                 f"--tokenizer={tokenizer}", f"--workers={workers}"], stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -62,7 +63,8 @@ def run(text, folder, tokenizer, workers):
         time.sleep(0.02 if time.perf_counter() - start < 10 else 0.5)
     if process.returncode:
         raise SystemExit(f"data/prepare.py ended with status {process.returncode}")
-    return time.perf_counter() - start, peak, json.loads((folder / "run/meta.json").read_text("utf-8"))
+    seconds = time.perf_counter() - start
+    return seconds, (cpu() - before) / seconds, peak, json.loads((folder / "run/meta.json").read_text("utf-8"))
 
 
 def main(argv):
@@ -76,8 +78,8 @@ def main(argv):
         runs = []
         for _ in range(cfg.rounds):
             for workers in dict.fromkeys((1, cores)):
-                seconds, peak, meta = run(folder / "text.txt", folder, folder / "tokenizer", workers)
-                runs.append({"workers": workers, "seconds": round(seconds, 2), "mb_per_second": round(size / 1e6 / seconds, 2),
+                seconds, used, peak, meta = run(folder / "text.txt", folder, folder / "tokenizer", workers)
+                runs.append({"workers": workers, "seconds": round(seconds, 2), "mb_per_second": round(size / 1e6 / seconds, 2), "cores_used": round(used, 2),
                              "peak_rss_mb": round(peak / 1e6), "load_average": round(os.getloadavg()[0], 2), "sha256": meta["sha256"]["train.bin"]})
                 print(json.dumps(runs[-1]), file=sys.stderr)
     assert len({r["sha256"] for r in runs}) == 1, "the tokens must not depend on the number of workers"
