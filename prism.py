@@ -1,0 +1,667 @@
+"""PRISM: a GPT whose logits are a sum of named parts (arXiv 2607.00510). The whole model, in one file.
+
+The last hidden state z of a GPT-2 trunk is written as a sparse, non-negative mixture of learned prototypes plus a
+residual, z = sum_i a_i p_i + r. The LM head W is linear, so each logit is the residual's share plus one share a prototype.
+
+    python prism.py --prompt="The with statement"                      sample from the model in out/
+    python prism.py --prompt="The with statement" --temperature=0      greedy
+    python prism.py --prompt="The with statement" --gains=out/gains/examples.json
+
+From Python: model, _ = load_checkpoint("out"); logits, loss = model(idx, targets); model.explain(idx); model.generate(idx, 50)
+"""
+import base64
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import sys
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ----------------------------------------------------------------------------- configuration
+
+@dataclass
+class PRISMConfig:
+    block_size: int = 128        # T, tokens the model can look back on
+    vocab_size: int = 0          # V; 0 takes the dataset's
+    n_layer: int = 4             # transformer blocks
+    n_head: int = 4              # attention heads a block
+    n_embd: int = 128            # d, width of the residual stream
+    dropout: float = 0.0         # on embeddings, attention weights and block outputs
+    bias: bool = False           # in linear layers and layer norms; True for GPT-2's weights
+    n_proto: int = 512           # M, prototypes; 0 is the dense twin
+    top_k: int = 8               # k, prototypes that may be active at a token
+    lambda_rec: float = 0.1      # weight of the reconstruction loss
+    lambda_t2p: float = 0.02     # weight of the token-to-prototype clustering loss
+    lambda_p2t: float = 0.02     # weight of the prototype-to-token clustering loss
+
+    def check(self):
+        """Raises UserError where the sizes do not fit together."""
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads; choose a multiple")
+        if self.n_proto < 0 or (self.n_proto and not 1 <= self.top_k <= self.n_proto):
+            raise UserError(f"top_k is {self.top_k}, expected 1 to n_proto ({self.n_proto}); lower --top_k or raise --n_proto")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+        return self
+
+
+# ----------------------------------------------------------------------------- the trunk: GPT-2, with its parameter names
+
+class LayerNorm(nn.Module):
+    def __init__(self, n, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+        self.bias = nn.Parameter(torch.zeros(n)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
+        self.n_head, self.dropout = c.n_head, c.dropout
+
+    def forward(self, x, past=None):
+        """x (B, T, d). `past`, a list, holds this block's keys and values of earlier calls and is extended in place."""
+        B, T, d = x.shape
+        q, k, v = (u.view(B, T, self.n_head, d // self.n_head).transpose(1, 2)  # (B, heads, T, d / heads)
+                   for u in self.c_attn(x).split(d, dim=2))
+        if past is not None:
+            if past:
+                k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            past[:] = k, v
+        # On a CPU attention runs in float32 also under bfloat16 autocast: its bfloat16 kernel is two to three times slower.
+        with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else contextlib.nullcontext():
+            q, k, v = (u.float() if x.device.type == "cpu" and u.dtype is torch.bfloat16 else u for u in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) == k.size(2),  # one new token may see every key
+                                               dropout_p=self.dropout if self.training else 0.0)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, d))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=c.bias)
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=c.bias)
+        self.dropout = c.dropout
+
+    def forward(self, x):
+        y = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2's GELU
+        return F.dropout(y, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.attn = LayerNorm(c.n_embd, c.bias), CausalSelfAttention(c)
+        self.ln_2, self.mlp = LayerNorm(c.n_embd, c.bias), MLP(c)
+
+    def forward(self, x, past=None):
+        x = x + self.attn(self.ln_1(x), past)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ----------------------------------------------------------------------------- the prototype head
+
+class Mixture(NamedTuple):
+    """What the prototypes say of N tokens: z = reconstruction + residual, reconstruction = sum_j gates[:, j] P[ids[:, j]]."""
+    ids: torch.Tensor             # (N, k) prototypes, the most similar first
+    gates: torch.Tensor           # (N, k) a = relu(cos), >= 0
+    reconstruction: torch.Tensor  # (N, d) zhat
+    residual: torch.Tensor        # (N, d) r = z - zhat
+    nearest_token: torch.Tensor   # (M,) max_t s_ti, each prototype's similarity to its nearest token
+    nearest_proto: torch.Tensor   # (N,) max_i s_ti, each token's similarity to its nearest prototype
+
+
+class TopSimilarity(torch.autograd.Function):
+    """z (N, d), p (M, d), k -> the k largest cosines of each token (N, k), their ids (N, k), each prototype's largest (M,).
+
+    Plain autograd would send a dense (N, M) gradient back through two matrix products. Only N k + M entries of it are
+    not zero, so dz is a sparse sum, and one product remains, for dp.
+    """
+    @staticmethod
+    def forward(ctx, z, p, k):
+        low = autocast_dtype(z)
+        znorm, pnorm = (u.norm(dim=1, keepdim=True).clamp(min=1e-12) for u in (z, p))
+        zn, pn = z / znorm, p / pnorm
+        s = zn.to(low) @ pn.to(low).T                              # (N, M) cosines
+        values, ids = s.topk(k, dim=1)
+        best, rows = s.max(0)                                      # (M,) the nearest token of each prototype
+        ctx.save_for_backward(zn, pn, znorm, pnorm, ids, rows)
+        ctx.mark_non_differentiable(ids)
+        ctx.low = low
+        return values.to(z.dtype), ids, best.to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, dvalues, _, dbest):
+        zn, pn, znorm, pnorm, ids, rows = ctx.saved_tensors
+        dzn = F.embedding_bag(ids, pn, per_sample_weights=dvalues, mode="sum").index_add_(0, rows, dbest[:, None] * pn)
+        ds = torch.zeros(zn.size(0), pn.size(0), dtype=ctx.low, device=zn.device).scatter_(1, ids, dvalues.to(ctx.low))
+        ds.index_put_((rows, torch.arange(pn.size(0), device=zn.device)), dbest.to(ctx.low), accumulate=True)
+        dpn = (ds.T @ zn.to(ctx.low)).to(pn.dtype)
+        dz, dp = (dzn - zn * (zn * dzn).sum(1, keepdim=True)) / znorm, (dpn - pn * (pn * dpn).sum(1, keepdim=True)) / pnorm
+        return dz, dp, None
+
+
+def autocast_dtype(x):
+    """The dtype in which autocast would multiply now; x's own outside autocast. Custom functions follow it by hand."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def prototype_head(z, prototypes, top_k):
+    """z (N, d), prototypes (M, d) -> Mixture.
+
+    s_ti = cos(z_t, p_i); a_ti = relu(s_ti) for the k largest of t, else 0; zhat_t = sum_i a_ti p_i; r_t = z_t - zhat_t
+    """
+    values, ids, best = TopSimilarity.apply(z, prototypes, top_k)
+    gates = values.relu()
+    zhat = F.embedding_bag(ids, prototypes, per_sample_weights=gates, mode="sum")  # never a (N, k, d) tensor
+    return Mixture(ids, gates, zhat, z - zhat, best, values[:, 0])
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """z (N, d), w (V, d), targets (N,) -> sum over tokens of -log softmax(w z_t)[target_t]; targets of -1 count nothing.
+
+    The (N, V) logits are made, turned into their gradient softmax - onehot and used up a chunk of tokens at a time:
+    a chunk stays in the cache, where whole logits would cross the memory bus six times.
+    """
+    @staticmethod
+    def forward(ctx, z, w, targets):
+        low = autocast_dtype(z)
+        zl, wl, total = z.to(low), w.to(low), z.new_zeros(())
+        grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dz, dw = (torch.empty_like(z), torch.zeros_like(w)) if grad else (None, None)
+        rows = max(64, (2 ** 20 if z.device.type == "cpu" else 2 ** 26) // w.size(0))        # 4 MB, 256 MB of float32
+        for i in range(0, z.size(0), rows):
+            zc, y = zl[i:i + rows], targets[i:i + rows, None]
+            keep = y >= 0
+            y = y.clamp(min=0)
+            logp = (zc @ wl.T).to(z.dtype).log_softmax(1)
+            total -= (logp.gather(1, y) * keep).sum()
+            if grad:
+                p = logp.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=z.dtype)).mul_(keep).to(low)
+                dz[i:i + rows] = p @ wl
+                dw += p.T @ zc
+        ctx.save_for_backward(dz, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        dz, dw = ctx.saved_tensors
+        return dz * g, dw * g, None
+
+
+# ----------------------------------------------------------------------------- the model
+
+@dataclass
+class Explanation:
+    """The ledger of one logit a token: contributions.sum(-1) + residual == logit. Leading dimensions (B, T), k slices."""
+    targets: torch.Tensor        # (B, T) the token whose logit is explained
+    logit: torch.Tensor          # (B, T)
+    prototypes: torch.Tensor     # (B, T, k) ids, the most similar first
+    gates: torch.Tensor          # (B, T, k) a >= 0, before gains
+    contributions: torch.Tensor  # (B, T, k) g_i a_ti <W[target], p_i>
+    residual: torch.Tensor       # (B, T) <W[target], r_t>
+
+
+class PRISM(nn.Module):
+    """A GPT-2 trunk and a prototype head that share one output matrix W, the token embedding."""
+
+    TERMS = "ce", "rec", "t2p", "p2t"  # the order of the vector of loss terms
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config.check()
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
+            h=nn.ModuleList([Block(c) for _ in range(c.n_layer)]), ln_f=LayerNorm(c.n_embd, c.bias)))
+        for name, p in self.named_parameters():  # GPT-2's initialisation: branches shrink with depth
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 0.02)
+        if c.n_proto:  # drawn last, so that the twin with n_proto = 0 starts from the very same trunk
+            # z has norm sqrt(d) after its layer norm; k prototypes add up to it
+            self.prototypes = nn.Parameter(torch.randn(c.n_proto, c.n_embd) / math.sqrt(c.top_k))
+
+    def hidden(self, idx, past=None):
+        """idx (B, T) -> z (B, T, d), the state after the last layer norm. `past`: one list a block, for generation."""
+        T, start = idx.size(1), past[0][0].size(2) if past and past[0] else 0
+        if start + T > self.config.block_size:
+            raise UserError(f"{start + T} tokens given, the context holds block_size = {self.config.block_size}; shorten the text")
+        t = self.transformer
+        x = t.wte(idx) + t.wpe.weight[start:start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for i, block in enumerate(t.h):
+            x = block(x, past[i] if past is not None else None)
+        return t.ln_f(x)
+
+    def mixture(self, z):
+        """z (..., d) -> Mixture over its N = numel / d tokens."""
+        return prototype_head(z.reshape(-1, z.size(-1)), self.prototypes, self.config.top_k)
+
+    def logits(self, z, gains=None):
+        """z (..., d), gains (M,) or None -> (..., V). With gains g: W (r + sum_i g_i a_i p_i) = W (z + sum_i (g_i - 1) a_i p_i)"""
+        if gains is not None:
+            if not self.config.n_proto:
+                raise UserError("gains given, but this is a dense model (n_proto = 0); it has no prototypes to turn")
+            if gains.shape != (self.config.n_proto,):
+                raise UserError(f"gains have shape {tuple(gains.shape)}, expected (n_proto,) = ({self.config.n_proto},)")
+            m = self.mixture(z)
+            change = m.gates * (gains.to(m.gates) - 1)[m.ids]
+            z = z + F.embedding_bag(m.ids, self.prototypes, per_sample_weights=change, mode="sum").view_as(z)
+        return F.linear(z, self.transformer.wte.weight)
+
+    def forward(self, idx, targets=None, gains=None, return_terms=False):
+        """idx (B, T), targets (B, T) or None (-1 is ignored), gains (M,) or None -> logits, loss
+
+        Without targets: logits (B, 1, V) of the last position, loss None. With targets: logits (B, T, V) and the
+        training loss, the weighted sum of the terms below; with return_terms a third value, a detached (4,) vector of
+
+            ce   next-token cross-entropy, in nats
+            rec  mean ||z - zhat||^2 / mean ||z||^2, the residual's share of energy (its denominator is detached)
+            t2p  1 - mean_t max_i s_ti, each token state has a near prototype
+            p2t  1 - mean_i max_t s_ti, each prototype has a near token state
+        """
+        z = self.hidden(idx)
+        if targets is None:
+            return self.logits(z[:, -1:], gains), None
+        if return_terms:
+            targets, logits = targets.reshape(-1), None
+            loss = ce = LinearCrossEntropy.apply(z.flatten(0, 1), self.transformer.wte.weight, targets) / (targets >= 0).sum()
+        else:
+            logits = self.logits(z, gains)
+            loss = ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.reshape(-1), ignore_index=-1)
+        rec = t2p = p2t = ce.new_zeros(())
+        if self.config.n_proto:
+            # Slices and residual add back to W z, so the cross-entropy sends no gradient to the prototypes:
+            # these three terms shape them, and all four shape the trunk.
+            m, c = self.mixture(z), self.config
+            rec = m.residual.square().sum(-1).mean() / z.detach().square().sum(-1).mean()
+            t2p, p2t = 1 - m.nearest_proto.mean(), 1 - m.nearest_token.mean()
+            loss = ce + c.lambda_rec * rec + c.lambda_t2p * t2p + c.lambda_p2t * p2t
+        return (logits, loss, torch.stack((ce, rec, t2p, p2t)).detach()) if return_terms else (logits, loss)
+
+    @torch.no_grad()
+    def explain(self, idx, targets=None, gains=None, centered=False):
+        """The exact ledger of one logit a token. idx (B, T), targets (B, T) (default: the likeliest next token) -> Explanation
+
+        logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>. With `centered`, W_y - mean_v W_v stands for W_y: the
+        logit against the mean logit, since softmax does not see a shift that all logits share.
+        """
+        z = self.hidden(idx)
+        logits = self.logits(z, gains)
+        targets = logits.argmax(-1) if targets is None else targets
+        w = self.transformer.wte.weight[targets]                                                # (B, T, d)
+        logit = logits.gather(-1, targets[..., None])[..., 0]
+        if centered:
+            w, logit = w - self.transformer.wte.weight.mean(0), logit - logits.mean(-1)
+        if not self.config.n_proto:
+            none = logit.new_zeros(*logit.shape, 0)
+            return Explanation(targets, logit, none.long(), none, none, (w * z).sum(-1))
+        m, shape = self.mixture(z), (*targets.shape, self.config.top_k)
+        slices = (w.flatten(0, 1) @ self.prototypes.T).gather(1, m.ids) * m.gates              # (N, k) a_ti <W_y, p_i>
+        if gains is not None:
+            slices = slices * gains.to(slices)[m.ids]
+        return Explanation(targets, logit, m.ids.view(shape), m.gates.view(shape), slices.view(shape),
+                           (w * m.residual.view_as(z)).sum(-1))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, gains=None, stop=None,
+                 use_cache=True):
+        """Continues idx (B, T >= 1) -> (B, T + max_new_tokens), or fewer when every row has drawn the token `stop`.
+
+        temperature 0 is greedy; top_k keeps the likeliest tokens, top_p the smallest set that holds that much
+        probability; one seed gives one text. When the context is full, its newer half is kept and read afresh.
+        """
+        if idx.size(1) < 1 or idx.size(1) > self.config.block_size:
+            raise UserError(f"the prompt has {idx.size(1)} tokens, expected 1 to block_size = {self.config.block_size}")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise UserError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected >= 0, >= 1, and in (0, 1]")
+        rng = torch.Generator(idx.device)
+        rng.manual_seed(seed) if seed is not None else rng.seed()
+        training, past, start = self.training, None, 0
+        self.eval()
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if idx.size(1) - start > self.config.block_size:
+                start, past = idx.size(1) - max(1, self.config.block_size // 2), None
+            if past is None or not use_cache:
+                new, past = idx[:, start:], [[] for _ in self.transformer.h]
+            logits = self.logits(self.hidden(new, past)[:, -1:], gains)[:, -1].float()          # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None and top_k < logits.size(-1):
+                    logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+                probs, order = logits.softmax(-1).sort(-1, descending=True)
+                if top_p is not None:
+                    probs[probs.cumsum(-1) - probs >= top_p] = 0  # the first token that crosses top_p stays
+                new = order.gather(1, torch.multinomial(probs, 1, generator=rng))
+            idx = torch.cat((idx, new), 1)
+            if stop is not None:
+                done |= new[:, 0] == stop
+                if done.all():
+                    break
+        self.train(training)
+        return idx
+
+    @torch.no_grad()
+    def start_prototypes(self, idx):
+        """Sets the prototypes to hidden states of the tokens idx (B, T), drawn without replacement while they last, and
+        to the one common length that minimises the mean ||z - zhat||^2. For a trunk that is trained already."""
+        training = self.training
+        z = self.eval().hidden(idx).flatten(0, 1)                                               # (N, d)
+        M = self.config.n_proto
+        draw = torch.cat([torch.randperm(len(z), device=z.device) for _ in range(-(-M // len(z)))])[:M]
+        self.prototypes.copy_(z[draw])
+        zhat = self.mixture(z).reconstruction
+        self.prototypes.mul_((z * zhat).sum() / zhat.square().sum())
+        self.train(training)
+
+    @classmethod
+    def from_pretrained(cls, source, tokens=None, **overrides):
+        """GPT-2 weights with prototypes attached (retrofit).
+
+        source: a state dict of GPT-2's, a file that holds one (torch.save), or a name such as "gpt2-medium", which
+        the optional package transformers fetches. tokens (B, T): text on whose hidden states the prototypes start;
+        without it they stay random, and the trainer starts them on its first batch. overrides: PRISMConfig's fields.
+        """
+        state = source
+        if not isinstance(source, dict) and Path(source).is_file():
+            state = load_tensors(source)
+        elif not isinstance(source, dict):
+            try:
+                from transformers import GPT2LMHeadModel
+            except ImportError:
+                raise UserError(f"'{source}' is no file, and fetching it by name takes: pip install transformers") from None
+            state = GPT2LMHeadModel.from_pretrained(source).state_dict()
+        state = {k if k.startswith("transformer.") else f"transformer.{k}": v for k, v in state.items()
+                 if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}      # masks, and W a second time
+        try:
+            (V, d), T = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
+            conv = state["transformer.h.0.attn.c_attn.weight"].shape == (d, 3 * d)              # GPT-2 stores (in, out)
+        except (KeyError, AttributeError) as e:
+            raise UserError(f"these are no GPT-2 weights: {e} is missing or no tensor") from None
+        n_layer = len({k.split(".")[2] for k in state if k.startswith("transformer.h.")})
+        shape = dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=max(1, d // 64), n_embd=d,
+                     bias="transformer.ln_f.bias" in state)
+        model = cls(PRISMConfig(**{**shape, **overrides}))
+        if conv:
+            state = {k: v.T if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else v for k, v in state.items()}
+        load_weights(model, state, source if not isinstance(source, dict) else "the state dict", trunk_only=True)
+        if tokens is not None and model.config.n_proto:
+            model.start_prototypes(tokens)
+        return model
+
+
+# ----------------------------------------------------------------------------- files and command lines, for every script
+
+class UserError(ValueError):
+    """Something that the user can mend: scripts print its message without a traceback and end with status 2."""
+
+
+@contextlib.contextmanager
+def atomic(path, mode="wb", **kw):
+    """Opens a temporary file beside `path` and moves it into place only if the block ends well; else removes it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(tmp, mode, **kw) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def load_tensors(path, device="cpu"):
+    """torch.load that runs no code from the file. Raises UserError for a file that is missing, damaged or foreign."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; train a model first: python train.py") from None
+    except Exception as e:  # a truncated zip, a foreign format, a pickle that asks for code: torch has no common class for them
+        raise UserError(f"{path} is damaged, no checkpoint, or asks to run code, and was refused ({str(e).splitlines()[0][:100]}); "
+                        "restore it or train again") from None
+
+
+def load_weights(model, state, where, trunk_only=False):
+    """load_state_dict with an error that names what does not fit; trunk_only leaves the prototypes as they are."""
+    want = {k: tuple(v.shape) for k, v in model.state_dict().items() if not (trunk_only and k == "prototypes")}
+    have = {k: tuple(v.shape) for k, v in state.items() if k in want or not trunk_only}
+    wrong = [k for k in want | have if want.get(k) != have.get(k)]
+    if wrong:
+        raise UserError(f"{where}: {len(wrong)} tensors do not fit, first {wrong[0]}: found {have.get(wrong[0])}, expected {want.get(wrong[0])}")
+    model.load_state_dict({k: state[k] for k in want}, strict=not trunk_only)
+
+
+def load_checkpoint(path, device="cpu"):
+    """path: a checkpoint or a run's folder (its ckpt.pt) -> (PRISM in eval mode on device, the checkpoint's dict)."""
+    path = Path(path)
+    path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
+    ckpt = load_tensors(path, device)
+    try:
+        model = PRISM(PRISMConfig(**ckpt["config"]))
+        state = ckpt["model"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} holds no PRISM checkpoint ({e}); expected a dict with 'model' and 'config', as train.py writes") from None
+    load_weights(model, state, path)
+    return model.to(device).eval(), ckpt
+
+
+def fingerprint(state):
+    """sha256 (hex) of a model's weights: the same for every file that holds them. state: a state dict."""
+    h = hashlib.sha256()
+    for name in sorted(state):
+        h.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
+        h.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def load_gains(path, model):
+    """A gains file {"checkpoint": fingerprint, "ids": [...], "gains": [...], ...} -> (M,) float tensor, 1 where unnamed.
+
+    Raises UserError if the file is damaged, names unknown prototypes, or was made for other weights than `model`'s.
+    """
+    try:
+        about = json.loads(Path(path).read_text("utf-8"))
+        ids, values, owner = about["ids"], about["gains"], about["checkpoint"]
+        ok = len(ids) == len(values) and all(type(i) is int for i in ids) and all(math.isfinite(g) for g in values)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is no gains file ({type(e).__name__}: {e}); expected JSON with checkpoint, ids and gains") from None
+    M = model.config.n_proto
+    if not ok or any(not 0 <= i < M for i in ids):
+        raise UserError(f"{path}: expected as many finite gains as ids, and ids from 0 to {M - 1}")
+    if owner != fingerprint(model.state_dict()):
+        raise UserError(f"{path} was made for another checkpoint ({str(owner)[:12]}); make it again for this one")
+    gains = torch.ones(M, device=model.prototypes.device)
+    gains[torch.tensor(ids, dtype=torch.long)] = torch.tensor(values, dtype=torch.float32, device=gains.device)
+    return gains
+
+
+def load_tokenizer(folder):
+    """The tiktoken.Encoding of a prepared dataset or a run: its files tokenizer.tiktoken (ranks) and tokenizer.json."""
+    import tiktoken
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
+        ranks = {base64.b64decode(piece): int(rank) for piece, rank in (line.split() for line in lines)}
+        return tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": about["eot"]})
+    except FileNotFoundError as e:
+        raise UserError(f"no tokenizer in {folder} ({Path(e.filename).name} is missing); run: python data/prepare.py") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"the tokenizer in {folder} is damaged ({e}); run: python data/prepare.py") from None
+
+
+def load_dataset(folder):
+    """A prepared dataset -> (train, val, meta): two read-only memory maps of tokens and the dict of meta.json.
+
+    Raises UserError where a file is missing or empty, or disagrees with meta.json in size, type or hash.
+    """
+    folder, again = Path(folder), "run: python data/prepare.py"
+    try:
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]]
+        counts = {s: meta[s]["tokens"] for s in ("train", "val")}
+        hashes, arrays = meta["sha256"], {}
+    except FileNotFoundError:
+        raise UserError(f"no prepared dataset in {folder} (meta.json is missing); {again}") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}); {again}") from None
+    for split, count in counts.items():
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size if path.exists() else -1
+        if size != count * np.dtype(dtype).itemsize or count < 1:
+            raise UserError(f"{path} is {'missing' if size < 0 else f'{size} bytes'}; meta.json promises {count} tokens of "
+                            f"{meta['dtype']}, {count * np.dtype(dtype).itemsize} bytes; {again}")
+        if size < 2 ** 28 and hashlib.sha256(path.read_bytes()).hexdigest() != hashes.get(path.name):
+            raise UserError(f"{path} differs from the sha256 in meta.json; {again}")
+        arrays[split] = np.memmap(path, dtype=dtype, mode="r")
+    return arrays["train"], arrays["val"], meta
+
+
+def window_starts(n_tokens, block_size, seed, epoch):
+    """First tokens of the training windows of one epoch, in the order in which training reads them: (W,) int64.
+
+    A pure function of its arguments, so resuming, any number of ranks and attribution see the same sequences. Windows
+    do not overlap; each epoch shifts them by its own offset below block_size, so that documents meet other positions.
+    """
+    if n_tokens < 2 * block_size:
+        raise UserError(f"{n_tokens} training tokens do not fill two windows of block_size = {block_size}; give more text or lower --block_size")
+    rng = np.random.default_rng((seed, epoch))
+    offset = rng.integers(block_size)
+    return offset + block_size * rng.permutation((n_tokens - block_size) // block_size)
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda[:i]' or 'mps' -> torch.device. Raises UserError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device={name} cannot be used here ({str(e).splitlines()[0]}); expected auto, cpu, cuda or mps") from None
+    return device
+
+
+def parse_config(cls, argv):
+    """Fills the dataclass `cls` from `--key=value` words and TOML files, left to right, later ones winning.
+
+    `--help` lists every field with its default and the comment beside it. Raises UserError for an unknown key
+    (naming the nearest), a value of the wrong type, or a file that is missing or no TOML.
+    """
+    kinds = {f.name: {"int": int, "float": float, "bool": bool, "str": str}.get(f.type, f.type) for f in fields(cls)}
+    cfg = cls()
+
+    def put(key, value, where):
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)[0]
+            raise UserError(f"{where}: unknown option '{key}'; the nearest is '{near}'. --help lists all")
+        kind, found = kinds[key], value
+        if isinstance(value, str) and kind is not str:
+            try:
+                value = {"true": True, "1": True, "false": False, "0": False}[value.lower()] if kind is bool else kind(value)
+            except (KeyError, ValueError):
+                pass
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{where}: {key} takes {kind.__name__}, found {found!r}")
+        setattr(cfg, key, value)
+
+    for word in argv:
+        if word in ("-h", "--help"):
+            notes = {}
+            for base in reversed(cls.__mro__[:-1]):  # the comment beside a field is its help
+                notes.update(re.findall(r"^    (\w+)\s*:.*?#\s*(.*)$", inspect.getsource(base), re.M))
+            print(sys.modules[cls.__module__].__doc__, *(f"  --{f.name + '=' + str(f.default):<32} {notes.get(f.name, '')}"
+                                                         for f in fields(cls)), sep="\n")
+            raise SystemExit(0)
+        if word.startswith("--"):
+            key, eq, value = word[2:].partition("=")
+            if not eq and kinds.get(key) is not bool:
+                put(key, None, "command line") if key not in kinds else None
+                raise UserError(f"'{word}' has no value; write {word}=VALUE")
+            put(key, value if eq else "true", "command line")
+        else:
+            try:
+                table = tomllib.loads(Path(word).read_text("utf-8"))
+            except OSError:
+                raise UserError(f"'{word}' is neither an option (--key=value) nor a file of options; config/ holds the presets") from None
+            except ValueError as e:
+                raise UserError(f"{word} is no TOML ({e}); write one `key = value` a line") from None
+            for key, value in table.items():
+                put(key, value, word)
+    return cfg
+
+
+def run_main(main):
+    """Calls main(sys.argv[1:]); what the user can mend becomes one line on standard error and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ----------------------------------------------------------------------------- sampling
+
+@dataclass
+class SampleConfig:
+    prompt: str = "\n"           # the text to continue
+    out_dir: str = "out"         # the run to sample from
+    max_new_tokens: int = 100    # length of the continuation
+    num_samples: int = 1         # continuations, each with the next seed
+    temperature: float = 0.8     # 0 is greedy
+    top_k: int = 0               # keep the likeliest tokens only; 0 keeps all
+    top_p: float = 1.0           # keep the smallest set of tokens with this probability
+    seed: int = 1337             # one seed, one text
+    gains: str = ""              # a gains file that turns prototypes up or down
+    device: str = "auto"         # auto, cpu, cuda or mps
+
+
+def main(argv):
+    cfg = parse_config(SampleConfig, argv)
+    device = pick_device(cfg.device)
+    model, _ = load_checkpoint(cfg.out_dir, device)
+    tokenizer = load_tokenizer(cfg.out_dir)
+    ids = tokenizer.encode_ordinary(cfg.prompt)
+    if not ids:
+        raise UserError("the prompt is empty; give at least one character: --prompt=\"The\"")
+    gains = load_gains(cfg.gains, model) if cfg.gains else None
+    for i in range(cfg.num_samples):
+        out = model.generate(torch.tensor([ids], device=device), cfg.max_new_tokens, cfg.temperature, cfg.top_k or None,
+                             cfg.top_p, cfg.seed + i, gains, stop=tokenizer.eot_token)[0].tolist()
+        print(tokenizer.decode([t for t in out if t != tokenizer.eot_token]))
+        if i + 1 < cfg.num_samples:
+            print("-" * 20)
+
+
+if __name__ == "__main__":
+    run_main(main)
