@@ -379,7 +379,7 @@ def train_bpe(texts, n_tokens):
     for text in texts:
         words.update(regex.findall(GPT2_PATTERN, text))
     symbols, times = [], []
-    for word, n in words.items():
+    for word, n in words.most_common(100_000):  # nearly all of any text; rarer ones would only cost memory
         word = word.encode("utf-8")
         for i in range(0, len(word), 64):  # an endless "word" teaches no more than its stretches, and costs more
             symbols.append([bytes([b]) for b in word[i:i + 64]])
