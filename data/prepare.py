@@ -400,7 +400,7 @@ def train_bpe(texts, n_tokens):
         n, pair = heapq.heappop(heap)
         if n == 0 or -n != count[pair]:
             continue  # an old entry: the pair's count has changed, and a newer one stands in the heap
-        ranks.setdefault(pair, len(ranks))
+        ranks[pair] = len(ranks)  # never seen before: what makes these bytes merged everywhere at once
         touched.clear()
         for w in where.pop(pair):
             tally(w, -1)

@@ -66,7 +66,8 @@ def naive_bpe(text, n_tokens):
         if not count:
             break
         best = min(count, key=lambda pair: (-count[pair], pair))
-        ranks.setdefault(best, len(ranks))
+        assert best not in ranks
+        ranks[best] = len(ranks)
         for w, word in enumerate(symbols):
             merged = []
             while word:
@@ -175,7 +176,7 @@ def test_few_documents_are_split_inside(tmp_path, capsys, n, inside):
 
 def test_pieces_have_the_tokens_of_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 64)
-    text = words(3000) + "\r\n \x1c x\u2003y\u2003\u2003z \x85 w 日本語 " + "=" * 300 + "   \t\t\n\n" + words(500, 3) + "\n \n"
+    text = words(3000) + "\r\n \x1c x\u2003y\u2003\u2003z \x85 w 日本語 " + "=" * 300 + "    run   of       blanks\n        " * 40 + "   \t\t\n\n" + words(500, 3) + "\n \n"
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8"))
     pieces = list(prepare.txt_pieces(tmp_path / "a.txt", "a", "a"))
     assert len(pieces) > 50 and [p.first for p in pieces] == [True] + [False] * (len(pieces) - 1)
@@ -380,8 +381,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(data)}")
             return self.end_headers()
-        self.send_response(206 if start else 200)
-        if start:
+        ranged, start = start > 0, 0 if habits.get("shifted") else start  # shifted: another range than asked for
+        self.send_response(206 if ranged else 200)
+        if ranged:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -414,7 +416,7 @@ def linked(data, size=None, sha=None):
 @pytest.mark.parametrize("habits, asked", [
     ({}, [None]), ({"linked": linked}, [None, None]), ({"breaks": 1}, [None, "bytes=640000-"]),
     ({"breaks": 2, "linked": linked}, [None, None, *["bytes=640000-"] * 2, *["bytes=960000-"] * 2]),
-    ({"breaks": 1, "no_range": True}, [None, "bytes=640000-"]), ({"fail": [True, True]}, [None, None, None])])
+    ({"breaks": 1, "no_range": True}, [None, "bytes=640000-"]), ({"breaks": 1, "shifted": True}, [None, "bytes=640000-", None]), ({"fail": [True, True]}, [None, None, None])])
 def test_fetch(tmp_path, server, habits, asked):
     server.habits = dict(habits)
     prepare.fetch(server.url + "/f", tmp_path / "down/f")
@@ -486,3 +488,14 @@ def test_downloaded_corpora(tmp_path, server, monkeypatch):
     assert [(r["title"], r["source"], t) for r, t in found] == [(f"https://site{i % 7}.org/{i}", f"site{i % 7}.org", f"page {i} of many") for i in range(600)]
     with pytest.raises(UserError, match="give 1 to 14"):
         prepare.prepare(["fineweb_edu"], config(tmp_path, shards=15))
+
+
+def test_benchmark(tmp_path):
+    """experiments/tokenize_1gb.py on 1 MB: figures on the last line and in the file, nothing else left behind."""
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run([sys.executable, ROOT / "experiments/tokenize_1gb.py", "--mb=1", f"--out={tmp_path / 'r.json'}"],
+                          capture_output=True, text=True, env=os.environ | {"TMPDIR": str(tmp_path / "tmp")})
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("tokenize: 1 MB, ") and not os.listdir(tmp_path / "tmp")
+    assert result["megabytes"] == 1 and result["tokens"] > 100_000 and 50 < result["peak_rss_mb"] < 1000
+    assert {run["workers"] for run in result["runs"]} == {1, os.cpu_count()} and all(run["seconds"] > 0 for run in result["runs"])
