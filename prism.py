@@ -37,8 +37,8 @@ class PRISMConfig:
     block_size: int = 128        # T, tokens the model can look back on
     vocab_size: int = 0          # V; 0 takes the dataset's
     n_layer: int = 4             # transformer blocks
-    n_head: int = 4              # attention heads a block
-    n_embd: int = 128            # d, width of the residual stream
+    n_head: int = 3              # attention heads a block
+    n_embd: int = 192            # d, width of the residual stream
     dropout: float = 0.0         # on embeddings, attention weights and block outputs
     bias: bool = False           # in linear layers and layer norms; True for GPT-2's weights
     n_proto: int = 512           # M, prototypes; 0 is the dense twin
@@ -290,7 +290,7 @@ class PRISM(nn.Module):
             loss = ce = LinearCrossEntropy.apply(z.flatten(0, 1), self.transformer.wte.weight, targets) / (targets >= 0).sum()
         else:
             logits = self.logits(z, gains)
-            loss = ce = F.cross_entropy(logits.flatten(0, 1).float(), targets.reshape(-1), ignore_index=-1)
+            loss = ce = F.cross_entropy(logits.flatten(0, 1).to(z.dtype), targets.reshape(-1), ignore_index=-1)
         rec = t2p = p2t = ce.new_zeros(())
         if self.config.n_proto:
             # Slices and residual add back to W z, so the cross-entropy sends no gradient to the prototypes:
@@ -444,7 +444,7 @@ def load_tensors(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train a model first: python train.py") from None
     except Exception as e:  # a truncated zip, a foreign format, a pickle that asks for code: torch has no common class for them
-        raise UserError(f"{path} is damaged, no checkpoint, or asks to run code, and was refused ({str(e).splitlines()[0][:100]}); "
+        raise UserError(f"{path} is damaged, no checkpoint, or asks to run code, and was refused ({type(e).__name__}: {str(e)[:100]}); "
                         "restore it or train again") from None
 
 

@@ -42,7 +42,7 @@ class TrainConfig(PRISMConfig):
     resume: bool = False              # go on from out_dir/last.pt, or start where there is none
     init_from: str = ""               # weights to start from: a checkpoint, or GPT-2 ("gpt2", "gpt2-medium", a state dict's file)
     seed: int = 1337                  # of the weights, the order of windows and dropout
-    max_iters: int = 1500             # optimiser steps
+    max_iters: int = 1200             # optimiser steps
     batch_size: int = 16              # windows a micro-batch
     total_batch_tokens: int = 2048    # tokens an optimiser step, over all micro-batches and ranks
     learning_rate: float = 2e-3       # its peak
@@ -52,7 +52,7 @@ class TrainConfig(PRISMConfig):
     beta1: float = 0.9                # AdamW's
     beta2: float = 0.95               # AdamW's
     grad_clip: float = 1.0            # largest norm of the gradient; 0 for none
-    eval_interval: int = 250          # steps between evaluations, each followed by a checkpoint
+    eval_interval: int = 200          # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 0              # validation tokens an evaluation reads; 0 reads all
     device: str = "auto"              # auto, cpu, cuda or mps
     dtype: str = "auto"               # auto, float32 or bfloat16 (autocast)

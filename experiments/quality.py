@@ -1,0 +1,97 @@
+"""What do prototypes cost in validation loss? Default preset against its dense twin, and the table the defaults come from.
+
+    python experiments/quality.py                               3 seeds, pydoc
+    python experiments/quality.py --datasets=pydoc,books        also your own dataset named books
+    python experiments/quality.py --grid=true                   loss weights, k and M at one seed
+
+Each finished run is written to experiments/results/quality.json at once; a run that is there is not repeated. Runs use one
+thread each, as many at a time as there are cores. The last line holds the main figure: the loss of the default preset
+relative to the mean of the dense twin's seeds (goal: within 1%; without the residual within 4%).
+"""
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from prism import UserError, atomic, parse_config, run_main  # noqa: E402
+
+GRID = [  # options beside the defaults, one seed, pydoc
+    "--lambda_rec=1 --lambda_t2p=.1 --lambda_p2t=.1", "--lambda_rec=.3 --lambda_t2p=.05 --lambda_p2t=.05",
+    "--lambda_rec=.03 --lambda_t2p=.01 --lambda_p2t=.01", "--lambda_t2p=0", "--lambda_p2t=0", "--lambda_p2t=.1",
+    "--top_k=4", "--top_k=16", "--n_proto=256", "--n_proto=1024", "--n_proto=2048",
+]
+
+
+@dataclass
+class QualityConfig:
+    datasets: str = "pydoc"          # prepared datasets, separated by commas
+    seeds: int = 3                   # runs of each side
+    grid: bool = False               # the table over loss weights, k and M instead
+    options: str = ""                # more options for every run of train.py, as one string
+    results: str = str(ROOT / "experiments/results/quality.json")  # where figures are kept
+
+
+def train(dataset, seed, options):
+    """One run of train.py in a temporary folder -> the row of metrics.csv with the best validation loss."""
+    with tempfile.TemporaryDirectory() as out:
+        words = [sys.executable, str(ROOT / "train.py"), f"--dataset={dataset}", f"--seed={seed}", f"--out_dir={out}/run", *options.split()]
+        done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise UserError(f"{' '.join(words[1:])} failed:\n{done.stderr[-2000:]}")
+        with open(f"{out}/run/metrics.csv", newline="") as f:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        return min(rows, key=lambda r: r["val_ce"])
+
+
+def main(argv):
+    cfg = parse_config(QualityConfig, argv)
+    path = Path(cfg.results)
+    results = json.loads(path.read_text()) if path.exists() else {"machine": "", "runs": {}}
+    results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread a run"
+    todo = []
+    for dataset in cfg.datasets.split(","):
+        for seed in range(1, 2 if cfg.grid else cfg.seeds + 1):
+            for options in ["", "--n_proto=0", *GRID] if cfg.grid else ["", "--n_proto=0"]:
+                todo.append((dataset, seed, f"{options} {cfg.options}".strip()))
+
+    def work(job):
+        key = " ".join(map(str, job))
+        if key not in results["runs"]:
+            results["runs"][key] = row = train(*job)
+            with atomic(path, "w") as f:
+                json.dump(results, f, indent=1)
+            print(f"{key:<60} val_ce {row['val_ce']:.4f}", flush=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(work, todo))
+
+    worst = 0.0
+    for dataset in cfg.datasets.split(","):
+        jobs = [j for j in todo if j[0] == dataset]
+        print(f"\n{dataset}, {len({j[1] for j in jobs})} seeds\n| options | validation ce | against the dense twin | without residual | against the dense twin "
+              "| residual share | live |\n|---|---|---|---|---|---|---|")
+        rows = {o: [results["runs"][" ".join(map(str, j))] for j in jobs if j[2] == o] for o in dict.fromkeys(j[2] for j in jobs)}
+        dense = statistics.mean(r["val_ce"] for r in rows[f"--n_proto=0 {cfg.options}".strip()])
+        for options, group in rows.items():
+            def mean(key):
+                return statistics.mean(r[key] for r in group)
+            spread = f" +- {statistics.stdev(r['val_ce'] for r in group):.3f}" if len(group) > 1 else ""
+            head = f"{mean('val_ce_prototypes'):.3f} | {mean('val_ce_prototypes') / dense - 1:+.2%} | {mean('residual_share'):.3f} | " \
+                   f"{min(r['live'] for r in group):.0f}" if "val_ce_prototypes" in group[0] else "| | |"
+            print(f"| {options or 'default'} | {mean('val_ce'):.3f}{spread} | {mean('val_ce') / dense - 1:+.2%} | {head} |")
+            if options == cfg.options.strip():
+                worst = max(worst, mean("val_ce") / dense - 1)
+    print(f"validation loss PRISM against dense {worst:+.2%}")
+
+
+if __name__ == "__main__":
+    run_main(main)

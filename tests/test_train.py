@@ -1,0 +1,242 @@
+"""The trainer: exact resume, ranks, what it writes, and what it refuses."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny, write_dataset
+
+import prism
+import train
+from prism import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--n_proto=12", "--top_k=3", "--batch_size=4",
+        "--total_batch_tokens=128", "--warmup_iters=4", "--max_iters=20", "--eval_interval=5", "--device=cpu", "--dtype=float32"]
+
+
+def run(dataset, out, *more):
+    """train.py in this process; gives the signals back to pytest."""
+    keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        train.main([f"--dataset={dataset}", f"--out_dir={out}", *TINY, *more])
+    finally:
+        for s, handler in keep.items():
+            signal.signal(s, handler)
+
+
+def spawn(dataset, out, *more, ranks=1, restarts=0):
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                                  f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    return subprocess.Popen([*launch, str(ROOT / "train.py"), f"--dataset={dataset}", f"--out_dir={out}", *TINY, *more],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def weights(out, name="last.pt"):
+    return prism.load_tensors(Path(out) / name)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_a_run_and_what_it_writes(dataset, tmp_path, capsys):
+    run(dataset, tmp_path / "out-dense", "--n_proto=0")
+    run(dataset, tmp_path / "out")
+    out = tmp_path / "out"
+    rows = list(csv.DictReader(open(out / "metrics.csv")))
+    assert [int(r["step"]) for r in rows] == [5, 10, 15, 20]
+    assert float(rows[-1]["val_ce"]) < float(rows[0]["val_ce"]) < 5.6  # ln 257 = 5.55
+    assert all(float(r[k]) >= 0 for r in rows for k in ("rec", "t2p", "p2t", "residual_share"))
+    ckpt, last = (prism.load_tensors(out / n) for n in ("ckpt.pt", "last.pt"))
+    assert last["step"] == 20 and ckpt["best"] == last["best"] == pytest.approx(min(float(r["val_ce"]) for r in rows), abs=1e-5)
+    assert json.loads((out / "config.json").read_text())["n_proto"] == 12
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(out.glob("*.tmp"))
+    printed = capsys.readouterr().out
+    assert "device: cpu, 1 rank, float32 (as asked), eager" in printed and "live" in printed and "s to go" in printed
+    model, _ = prism.load_checkpoint(out)
+    assert prism.load_tokenizer(out).decode(model.generate(torch.tensor([[116]]), 5)[0].tolist()).startswith("t")
+
+
+def test_evaluation_is_the_mean_over_every_validation_token(dataset):
+    _, val, meta = prism.load_dataset(dataset)
+    model = tiny(torch.float32, vocab_size=257, block_size=16)
+    cfg = train.TrainConfig(batch_size=3)
+    windows = train.Windows(val, 16, 1, 257, "val.bin")
+    got = train.evaluate(model, windows, cfg, 0, 1, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+    tokens = torch.from_numpy(val.astype(np.int64))
+    ce = proto = n = r2 = z2 = 0.0
+    used = set()
+    for s in range(0, len(tokens) - 1, 16):  # 600 tokens: the last window is short
+        x, y = tokens[s:s + 16][:len(tokens) - 1 - s], tokens[s + 1:s + 17]
+        z = model.hidden(x[None])[0].detach()
+        m = model.mixture(z)
+        for t in range(len(y)):
+            ce -= (model.logits(z)[t].log_softmax(-1)[y[t]]).item()
+            proto -= (model.logits(m.reconstruction)[t].log_softmax(-1)[y[t]]).item()
+            used |= {i for i, a in zip(m.ids[t].tolist(), m.gates[t].tolist()) if a > 0}
+            n += 1
+        r2, z2 = r2 + m.residual.square().sum().item(), z2 + z.square().sum().item()
+    assert n == 599
+    assert got["val_ce"] == pytest.approx(ce / n, rel=1e-5) and got["val_ce_prototypes"] == pytest.approx(proto / n, rel=1e-5)
+    assert got["residual_share"] == pytest.approx(r2 / z2, rel=1e-5) and got["live"] == len(used)
+
+
+def test_ten_and_resume_and_ten_equal_twenty(dataset, tmp_path):
+    drop = ["--dropout=0.2"]
+    run(dataset, tmp_path / "a", *drop)
+    run(dataset, tmp_path / "b", *drop, "--max_iters=10")  # another schedule: must not give the same weights
+    run(dataset, tmp_path / "c", *drop, "--resume")        # nothing there yet: starts afresh
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "c")) and not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+    process = spawn(dataset, tmp_path / "d", *drop)
+    for line in process.stdout:  # stopped on the way by SIGINT, then gone on
+        if line.startswith("step 10: validation"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.communicate()
+    step = prism.load_tensors(tmp_path / "d" / "last.pt")["step"]
+    assert step >= 10
+    if step < 20:
+        assert process.returncode == 130
+    run(dataset, tmp_path / "d", *drop, "--resume")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "d"))
+    rows = [[r["step"] for r in train.read_metrics(tmp_path / x / "metrics.csv")] for x in "ad"]
+    assert set(rows[0]) <= set(rows[1]) and rows[1] == sorted(set(rows[1]))
+
+
+def test_killed_at_any_moment_resumes_bit_for_bit(dataset, tmp_path):
+    """SIGKILL twice on the way, once as soon as a checkpoint is being written. experiments/resume.py tries many more."""
+    more = ["--dropout=0.1", "--max_iters=60"]
+    run(dataset, tmp_path / "a", *more)
+    process = spawn(dataset, tmp_path / "b", *more)
+    while process.poll() is None and not list(tmp_path.glob("b/*.pt*.tmp")):
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    process = spawn(dataset, tmp_path / "b", *more, "--resume")
+    for line in process.stdout:
+        if line.startswith("step 20"):
+            break
+    process.kill()
+    process.communicate()
+    run(dataset, tmp_path / "b", *more, "--resume")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert same(weights(tmp_path / "a", "ckpt.pt"), weights(tmp_path / "b", "ckpt.pt"))
+
+
+def test_two_ranks_equal_one_and_a_run_may_change_their_number(dataset, tmp_path):
+    """Two accumulation steps in one process against one each in two gloo processes, dropout on; then 2 ranks -> 1."""
+    more = ["--dropout=0.1", "--eval_interval=5"]
+    two = spawn(dataset, tmp_path / "two", *more, "--max_iters=5", ranks=2)
+    run(dataset, tmp_path / "one", *more, "--max_iters=5")
+    said = two.communicate()[0]
+    assert two.returncode == 0, said
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6
+    assert max((a[k] - v).abs().max().item() for k, v in tiny_start().items()) > 1e-3  # and training moved them
+    rows = [train.read_metrics(tmp_path / x / "metrics.csv")[-1] for x in ("one", "two")]
+    for key in ("loss", "ce", "rec", "t2p", "p2t", "val_ce", "val_ce_prototypes", "residual_share", "live"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4), key
+    run(dataset, tmp_path / "one", *more, "--max_iters=8", "--resume")
+    run(dataset, tmp_path / "two", *more, "--max_iters=8", "--resume")
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+
+
+def tiny_start():
+    torch.manual_seed(1337)
+    cfg = prism.parse_config(train.TrainConfig, [*TINY, "--vocab_size=257"])
+    return prism.PRISM(train.model_config(cfg)).state_dict()
+
+
+def test_torchrun_brings_a_killed_rank_back(dataset, tmp_path):
+    more = ["--max_iters=300", "--eval_interval=20"]
+    reference = spawn(dataset, tmp_path / "a", *more, ranks=2)
+    assert reference.wait() == 0
+    process = spawn(dataset, tmp_path / "b", *more, "--resume", ranks=2, restarts=2)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 40: validation") and not any("killed" in x for x in lines):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGKILL)
+            lines.append("killed")
+    assert process.wait() == 0, "".join(lines)
+    assert sum(x.startswith("steps: ") for x in lines) == 2, "".join(lines)  # it started again
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_state(dataset, tmp_path, monkeypatch):
+    schedule = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, cfg: 1e30 if step >= 12 else schedule(step, cfg))
+    with pytest.raises(UserError, match=r"the training loss is nan at step 1\d; the run stops, .*last.pt holds the last good state"):
+        run(dataset, tmp_path)
+    last = prism.load_tensors(tmp_path / "last.pt")
+    assert last["step"] == 10 and all(v.isfinite().all() for v in last["model"].values())
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(dataset, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs takes root")
+    try:
+        run(dataset, small / "out", "--max_iters=5")
+        before = (small / "out/last.pt").read_bytes()
+        (small / "filler").write_bytes(b"x" * (os.statvfs(small).f_bavail * os.statvfs(small).f_bsize - 4096))
+        with pytest.raises(UserError, match="could not be written .* the earlier one is untouched"):
+            run(dataset, small / "out", "--resume")
+        assert (small / "out/last.pt").read_bytes() == before and not list(small.glob("out/*.tmp"))
+        (small / "filler").unlink()
+        run(dataset, small / "out", "--resume")
+        assert prism.load_tensors(small / "out/last.pt")["step"] == 20
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_bad_input_is_refused(dataset, tmp_path):
+    for words, message in ((["--n_protos=3"], "unknown option 'n_protos'; the nearest is 'n_proto'"), (["--top_k=13"], "top_k is 13"),
+                           (["--total_batch_tokens=100"], "expected a multiple of batch_size x block_size x ranks = 4 x 16 x 1 = 64"),
+                           (["--dtype=float8"], "dtype=float8"), (["--device=tpu"], "cannot be used here"), (["--vocab_size=10"], "vocab_size 10"),
+                           (["--init_from=/nowhere.pt", "--n_proto=0"], "transformers|no file")):
+        with pytest.raises(UserError, match=message):
+            run(dataset, tmp_path / "x", *words)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(UserError, match="no prepared dataset in .*nowhere.*python data/prepare.py"):
+        run("nowhere", tmp_path / "x")
+    text = list(b"abcd" * 200)
+    with pytest.raises(UserError, match="token 300 at position 77 is beyond the vocabulary"):
+        run(write_dataset(tmp_path / "d", text[:77] + [300] + text, text), tmp_path / "x")
+    with pytest.raises(UserError, match="do not fill two windows"):
+        run(write_dataset(tmp_path / "e", text[:20], text), tmp_path / "x2")
+    run(dataset, tmp_path / "y", "--max_iters=2")
+    for words, message in (([], "already holds a run; go on with --resume"), (["--resume", "--seed=5"], "was started with seed=1337, now seed=5"),
+                           (["--resume", "--n_embd=32"], "was started with n_embd=16")):
+        with pytest.raises(UserError, match=message):
+            run(dataset, tmp_path / "y", *words)
+    with pytest.raises(UserError, match="another version"):
+        run(write_dataset(tmp_path / "d", text[::-1], text), tmp_path / "x", "--resume")
+    (tmp_path / "y/last.pt").write_bytes((tmp_path / "y/last.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        run(dataset, tmp_path / "y", "--resume")
+
+
+def test_starting_from_a_dense_checkpoint_attaches_prototypes(dataset, tmp_path):
+    run(dataset, tmp_path / "dense", "--n_proto=0")
+    run(dataset, tmp_path / "retro", f"--init_from={tmp_path}/dense", "--max_iters=5", "--n_embd=32")  # the shape is the checkpoint's
+    run(dataset, tmp_path / "retro", f"--init_from={tmp_path}/dense", "--max_iters=10", "--n_embd=32", "--resume")
+    dense, retro = (train.read_metrics(tmp_path / n / "metrics.csv") for n in ("dense", "retro"))
+    assert retro[0]["val_ce"] < dense[1]["val_ce"] and weights(tmp_path / "retro")["prototypes"].shape == (12, 16)
+    torch.save(weights(tmp_path / "dense"), tmp_path / "gpt2.pt")  # a bare state dict with GPT-2's names
+    run(dataset, tmp_path / "gpt", f"--init_from={tmp_path}/gpt2.pt", "--max_iters=5", "--learning_rate=0.0001")
+    assert train.read_metrics(tmp_path / "gpt" / "metrics.csv")[0]["val_ce"] == pytest.approx(dense[-1]["val_ce"], abs=0.1)
