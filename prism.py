@@ -87,6 +87,7 @@ class CausalSelfAttention(nn.Module):
                    for u in self.c_attn(x).split(d, dim=2))
         if past is not None:
             if past:
+                assert T == 1, "a past is extended by one token at a time: is_causal would hide it from more"
                 k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
             past[:] = k, v
         # On a CPU attention runs in float32 also under bfloat16 autocast: its bfloat16 kernel is two to three times slower.
@@ -278,7 +279,7 @@ class PRISM(nn.Module):
         training loss, the weighted sum of the terms below; with return_terms a third value, a detached (4,) vector of
 
             ce   next-token cross-entropy, in nats
-            rec  mean ||z - zhat||^2 / mean ||z||^2, the residual's share of energy (its denominator is detached)
+            rec  mean_t ||z_t - zhat_t||^2 / mean_t ||z_t||^2, the residual's share of energy (the denominator is detached)
             t2p  1 - mean_t max_i s_ti, each token state has a near prototype
             p2t  1 - mean_i max_t s_ti, each prototype has a near token state
         """
@@ -296,7 +297,7 @@ class PRISM(nn.Module):
             # Slices and residual add back to W z, so the cross-entropy sends no gradient to the prototypes:
             # these three terms shape them, and all four shape the trunk.
             m, c = self.mixture(z), self.config
-            rec = m.residual.square().sum(-1).mean() / z.detach().square().sum(-1).mean()
+            rec = (m.residual.norm() / z.detach().norm()).square()
             t2p, p2t = 1 - m.nearest_proto.mean(), 1 - m.nearest_token.mean()
             loss = ce + c.lambda_rec * rec + c.lambda_t2p * t2p + c.lambda_p2t * p2t
         return (logits, loss, torch.stack((ce, rec, t2p, p2t)).detach()) if return_terms else (logits, loss)
@@ -606,8 +607,8 @@ def parse_config(cls, argv):
         if word.startswith("--"):
             key, eq, value = word[2:].partition("=")
             if not eq and kinds.get(key) is not bool:
-                put(key, None, "command line") if key not in kinds else None
-                raise UserError(f"'{word}' has no value; write {word}=VALUE")
+                if key in kinds:
+                    raise UserError(f"'{word}' has no value; write {word}=VALUE")
             put(key, value if eq else "true", "command line")
         else:
             try:

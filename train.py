@@ -47,6 +47,7 @@ class TrainConfig(PRISMConfig):
     total_batch_tokens: int = 2048    # tokens an optimiser step, over all micro-batches and ranks
     learning_rate: float = 2e-3       # its peak
     min_lr: float = 2e-4              # at the end of the cosine
+    proto_lr_scale: float = 10.0      # the prototypes' learning rate, as a multiple
     warmup_iters: int = 100           # steps of linear warm-up
     weight_decay: float = 0.1         # on matrices; not on norms, biases and prototypes
     beta1: float = 0.9                # AdamW's
@@ -256,10 +257,12 @@ def build_model(cfg, meta, windows, device):
 
 def make_optimizer(model, cfg, device):
     params = dict(model.named_parameters())
-    decay = [p for n, p in params.items() if p.dim() >= 2 and n != "prototypes"]
-    plain = [p for n, p in params.items() if p.dim() < 2 or n == "prototypes"]
-    return torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.0)],
-                             lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"))
+    protos = [params.pop("prototypes")] if "prototypes" in params else []
+    groups = [dict(params=[p for p in params.values() if p.dim() >= 2], weight_decay=cfg.weight_decay, scale=1.0),
+              dict(params=[p for p in params.values() if p.dim() < 2], weight_decay=0.0, scale=1.0),
+              # prototypes follow a trunk that moves: at the trunk's own rate they lag, and the residual's share doubles
+              dict(params=protos, weight_decay=0.0, scale=cfg.proto_lr_scale)]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"))
 
 
 def learning_rate(step, cfg):
@@ -372,7 +375,7 @@ def main(argv):
     check_every = 1 if device.type == "cpu" else 10  # reading the loss of a GPU makes it wait
     for step in range(start, cfg.max_iters):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = learning_rate(step, cfg) * group["scale"]
         step_terms = torch.zeros(5, device=device)
         for i in range(rank, micros, ranks):
             micro = step * micros + i  # its number in the run, whatever the number of ranks

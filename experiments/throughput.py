@@ -89,7 +89,7 @@ def work(cfg):
         losses, t0 = [], time.perf_counter()
         for _ in range(int(line.split()[1])):
             for group in optimizer.param_groups:
-                group["lr"] = train.learning_rate(step, tc)
+                group["lr"] = train.learning_rate(step, tc) * group.get("scale", 1.0)
             for i in range(micros):
                 idx, targets = (u.to(device) for u in windows.train((step * micros + i) * tc.batch_size, tc.batch_size))
                 with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):

@@ -240,3 +240,19 @@ def test_starting_from_a_dense_checkpoint_attaches_prototypes(dataset, tmp_path)
     torch.save(weights(tmp_path / "dense"), tmp_path / "gpt2.pt")  # a bare state dict with GPT-2's names
     run(dataset, tmp_path / "gpt", f"--init_from={tmp_path}/gpt2.pt", "--max_iters=5", "--learning_rate=0.0001")
     assert train.read_metrics(tmp_path / "gpt" / "metrics.csv")[0]["val_ce"] == pytest.approx(dense[-1]["val_ce"], abs=0.1)
+
+
+@pytest.mark.parametrize("name,millions,prototypes", [("laptop", 2.7, 512), ("tinystories", 31, 2048), ("prism-130m", 128, 4096),
+                                                      ("prism-350m", 363, 8192), ("prism-770m", 784, 8192), ("prism-1.6b", 1583, 16384)])
+def test_presets_build(name, millions, prototypes):
+    """Every preset builds on the meta device, runs forward there, and divides its batch among its GPUs."""
+    cfg = prism.parse_config(train.TrainConfig, [str(ROOT / f"config/{name}.toml")])
+    cfg.vocab_size = cfg.vocab_size or 4096
+    with torch.device("meta"):
+        model = prism.PRISM(train.model_config(cfg))
+        logits, _ = model(torch.zeros(1, cfg.block_size, dtype=torch.long))
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{name}: {n:,} parameters")
+    assert n / 1e6 == pytest.approx(millions, rel=0.02) and cfg.n_proto == prototypes and logits.shape == (1, 1, cfg.vocab_size)
+    ranks = 8 if name.startswith("prism") else 1
+    assert cfg.total_batch_tokens % (cfg.batch_size * cfg.block_size * ranks) == 0
