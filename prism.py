@@ -45,7 +45,8 @@ class PRISMConfig:
     top_k: int = 8               # k, prototypes that may be active at a token
     lambda_rec: float = 0.1      # weight of the reconstruction loss
     lambda_t2p: float = 0.02     # weight of the token-to-prototype clustering loss
-    lambda_p2t: float = 0.02     # weight of the prototype-to-token clustering loss
+    lambda_p2t: float = 0.005    # weight of the prototype-to-token clustering loss
+    head_share: float = 0.5      # share of a training batch's windows on which the head's three losses are taken
 
     def check(self):
         """Raises UserError where the sizes do not fit together."""
@@ -56,6 +57,8 @@ class PRISMConfig:
             raise UserError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads; choose a multiple")
         if self.n_proto < 0 or (self.n_proto and not 1 <= self.top_k <= self.n_proto):
             raise UserError(f"top_k is {self.top_k}, expected 1 to n_proto ({self.n_proto}); lower --top_k or raise --n_proto")
+        if not 0.0 < self.head_share <= 1.0:
+            raise UserError(f"head_share is {self.head_share}, expected 0 < head_share <= 1")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
         return self
@@ -157,8 +160,10 @@ class TopSimilarity(torch.autograd.Function):
     def backward(ctx, dvalues, _, dbest):
         zn, pn, znorm, pnorm, ids, rows = ctx.saved_tensors
         dzn = F.embedding_bag(ids, pn, per_sample_weights=dvalues, mode="sum").index_add_(0, rows, dbest[:, None] * pn)
-        ds = torch.zeros(zn.size(0), pn.size(0), dtype=ctx.low, device=zn.device).scatter_(1, ids, dvalues.to(ctx.low))
-        ds.index_put_((rows, torch.arange(pn.size(0), device=zn.device)), dbest.to(ctx.low), accumulate=True)
+        ds = torch.zeros(zn.size(0), pn.size(0), dtype=ctx.low, device=zn.device)
+        tokens, protos = (torch.arange(len(u), device=zn.device) for u in (zn, pn))
+        ds.index_put_((tokens[:, None], ids), dvalues.to(ctx.low))
+        ds.index_put_((rows, protos), dbest.to(ctx.low), accumulate=True)
         dpn = (ds.T @ zn.to(ctx.low)).to(pn.dtype)
         dz, dp = (dzn - zn * (zn * dzn).sum(1, keepdim=True)) / znorm, (dpn - pn * (pn * dpn).sum(1, keepdim=True)) / pnorm
         return dz, dp, None
@@ -295,8 +300,11 @@ class PRISM(nn.Module):
         rec = t2p = p2t = ce.new_zeros(())
         if self.config.n_proto:
             # Slices and residual add back to W z, so the cross-entropy sends no gradient to the prototypes:
-            # these three terms shape them, and all four shape the trunk.
-            m, c = self.mixture(z), self.config
+            # these three terms shape them, and all four shape the trunk. Windows come in random order, so the first of
+            # them stand for all, and the head costs half as much.
+            c = self.config
+            z = z[:math.ceil(c.head_share * z.size(0))] if self.training else z
+            m = self.mixture(z)
             rec = (m.residual.norm() / z.detach().norm()).square()
             t2p, p2t = 1 - m.nearest_proto.mean(), 1 - m.nearest_token.mean()
             loss = ce + c.lambda_rec * rec + c.lambda_t2p * t2p + c.lambda_p2t * p2t

@@ -103,6 +103,14 @@ def test_forward_loss_terms_and_ledger_equal_plain_loops():
         assert e.logit[b, t].item() == pytest.approx(logits[n][ys[n]], abs=1e-10)
 
 
+def test_training_takes_the_heads_losses_on_the_first_windows_only():
+    model = tiny(head_share=0.5)
+    idx = torch.randint(11, (5, 8))
+    want_ce, rest = model(idx, idx, return_terms=True)[2][0], model(idx[:3], idx[:3], return_terms=True)[2][1:]
+    got = model.train()(idx, idx, return_terms=True)[2]
+    torch.testing.assert_close(got, torch.cat((want_ce[None], rest)))
+
+
 def test_two_prototypes_by_hand():
     z = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     P = torch.tensor([[2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
@@ -433,7 +441,7 @@ def test_command_lines(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kw,message", [(dict(top_k=6), r"top_k is 6, expected 1 to n_proto \(5\)"), (dict(n_head=4), "does not divide"),
-                                        (dict(vocab_size=0), "vocab_size is 0"), (dict(dropout=1.0), "dropout is 1.0")])
+                                        (dict(vocab_size=0), "vocab_size is 0"), (dict(dropout=1.0), "dropout is 1.0"), (dict(head_share=0.0), "head_share is 0.0")])
 def test_configurations_that_do_not_fit(kw, message):
     with pytest.raises(UserError, match=message):
         tiny(**kw)
