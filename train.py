@@ -47,7 +47,7 @@ class TrainConfig(PRISMConfig):
     total_batch_tokens: int = 2048    # tokens an optimiser step, over all micro-batches and ranks
     learning_rate: float = 2e-3       # its peak
     min_lr: float = 2e-4              # at the end of the cosine
-    proto_lr_scale: float = 10.0      # the prototypes' learning rate, as a multiple
+    proto_lr_scale: float = 30.0      # the prototypes' learning rate, as a multiple
     warmup_iters: int = 100           # steps of linear warm-up
     weight_decay: float = 0.1         # on matrices; not on norms, biases and prototypes
     beta1: float = 0.9                # AdamW's
