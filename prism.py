@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 # ----------------------------------------------------------------------------- configuration
@@ -157,6 +158,7 @@ class TopSimilarity(torch.autograd.Function):
         return values.to(z.dtype), ids, best.to(z.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dvalues, _, dbest):
         zn, pn, znorm, pnorm, ids, rows = ctx.saved_tensors
         dzn = F.embedding_bag(ids, pn, per_sample_weights=dvalues, mode="sum").index_add_(0, rows, dbest[:, None] * pn)
@@ -213,6 +215,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable  # dz and dw are constants here: a second derivative would be wrong in silence
     def backward(ctx, g):
         dz, dw = ctx.saved_tensors
         return dz * g, dw * g, None
