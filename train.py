@@ -207,7 +207,7 @@ def write_metrics(out_dir, rows):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 
     def draw(ax, rows, key, label, color, style="-", marker="o"):
-        xy = [(r["tokens"], r[key]) for r in rows if r.get(key) is not None]
+        xy = [(r["tokens"] / 1e6, r[key]) for r in rows if r.get(key) is not None]
         if xy:
             ax.plot(*zip(*xy), style, color=color, label=label, marker=marker, ms=3)
     draw(left, rows, "ce", "training", "#999999", "-", "")
@@ -218,7 +218,7 @@ def write_metrics(out_dir, rows):
         draw(right, rows, key, key, color, style, marker)
     draw(right, rows, "residual_share", "residual share, validation", "#56B4E9", "-.", "v")
     for ax, ylabel in ((left, "cross-entropy (nats a token)"), (right, "head terms (unweighted)")):
-        ax.set(xlabel="training tokens", ylabel=ylabel)
+        ax.set(xlabel="training tokens (millions)", ylabel=ylabel)
         if ax.lines:
             ax.legend(frameon=False)
     with atomic(out_dir / "loss.png") as f:
