@@ -42,12 +42,12 @@ class PRISMConfig:
     n_embd: int = 192            # d, width of the residual stream
     dropout: float = 0.0         # on embeddings, attention weights and block outputs
     bias: bool = False           # in linear layers and layer norms; True for GPT-2's weights
-    n_proto: int = 512           # M, prototypes; 0 is the dense twin
-    top_k: int = 8               # k, prototypes that may be active at a token
+    n_proto: int = 1024          # M, prototypes; 0 is the dense twin
+    top_k: int = 16              # k, prototypes that may be active at a token
     lambda_rec: float = 0.1      # weight of the reconstruction loss
     lambda_t2p: float = 0.02     # weight of the token-to-prototype clustering loss
     lambda_p2t: float = 0.005    # weight of the prototype-to-token clustering loss
-    head_share: float = 0.5      # share of a training batch's windows on which the head's three losses are taken
+    head_share: float = 0.375    # share of a training batch's windows on which the head's three losses are taken
 
     def check(self):
         """Raises UserError where the sizes do not fit together."""
@@ -66,16 +66,6 @@ class PRISMConfig:
 
 
 # ----------------------------------------------------------------------------- the trunk: GPT-2, with its parameter names
-
-class LayerNorm(nn.Module):
-    def __init__(self, n, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(n))
-        self.bias = nn.Parameter(torch.zeros(n)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, c):
@@ -118,8 +108,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.ln_1, self.attn = LayerNorm(c.n_embd, c.bias), CausalSelfAttention(c)
-        self.ln_2, self.mlp = LayerNorm(c.n_embd, c.bias), MLP(c)
+        self.ln_1, self.attn = nn.LayerNorm(c.n_embd, bias=c.bias), CausalSelfAttention(c)
+        self.ln_2, self.mlp = nn.LayerNorm(c.n_embd, bias=c.bias), MLP(c)
 
     def forward(self, x, past=None):
         x = x + self.attn(self.ln_1(x), past)
@@ -244,7 +234,7 @@ class PRISM(nn.Module):
         self.config = c = config.check()
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
-            h=nn.ModuleList([Block(c) for _ in range(c.n_layer)]), ln_f=LayerNorm(c.n_embd, c.bias)))
+            h=nn.ModuleList([Block(c) for _ in range(c.n_layer)]), ln_f=nn.LayerNorm(c.n_embd, bias=c.bias)))
         for name, p in self.named_parameters():  # GPT-2's initialisation: branches shrink with depth
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 0.02)
@@ -284,12 +274,15 @@ class PRISM(nn.Module):
         """idx (B, T), targets (B, T) or None (-1 is ignored), gains (M,) or None -> logits, loss
 
         Without targets: logits (B, 1, V) of the last position, loss None. With targets: logits (B, T, V) and the
-        training loss, the weighted sum of the terms below; with return_terms a third value, a detached (4,) vector of
+        training loss, the weighted sum of the terms below. With return_terms, as the trainer calls it, logits are None
+        (they are never held whole), gains play no part, and a third value is a detached (4,) vector of
 
             ce   next-token cross-entropy, in nats
             rec  mean_t ||z_t - zhat_t||^2 / mean_t ||z_t||^2, the residual's share of energy (the denominator is detached)
             t2p  1 - mean_t max_i s_ti, each token state has a near prototype
             p2t  1 - mean_i max_t s_ti, each prototype has a near token state
+
+        In training mode the last three are taken over the first head_share of the windows.
         """
         z = self.hidden(idx)
         if targets is None:
@@ -339,15 +332,16 @@ class PRISM(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, gains=None, stop=None,
-                 use_cache=True):
+                 n_vocab=None, use_cache=True):
         """Continues idx (B, T >= 1) -> (B, T + max_new_tokens), or fewer when every row has drawn the token `stop`.
 
         temperature 0 is greedy; top_k keeps the likeliest tokens, top_p the smallest set that holds that much
-        probability; one seed gives one text. When the context is full, its newer half is kept and read afresh.
+        probability; one seed gives one text. n_vocab: the tokenizer's size, where vocab_size is rounded up beyond it.
+        When the context is full, its newer half is kept and read afresh.
         """
         if idx.size(1) < 1 or idx.size(1) > self.config.block_size:
             raise UserError(f"the prompt has {idx.size(1)} tokens, expected 1 to block_size = {self.config.block_size}")
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise UserError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected >= 0, >= 1, and in (0, 1]")
         rng = torch.Generator(idx.device)
         rng.manual_seed(seed) if seed is not None else rng.seed()
@@ -359,11 +353,11 @@ class PRISM(nn.Module):
                 start, past = idx.size(1) - max(1, self.config.block_size // 2), None
             if past is None or not use_cache:
                 new, past = idx[:, start:], [[] for _ in self.transformer.h]
-            logits = self.logits(self.hidden(new, past)[:, -1:], gains)[:, -1].float()          # (B, V)
+            logits = self.logits(self.hidden(new, past)[:, -1:], gains)[:, -1, :n_vocab].float()  # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
             else:
-                logits = logits / temperature
+                logits = logits / max(temperature, 1e-6)
                 if top_k is not None and top_k < logits.size(-1):
                     logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
                 probs, order = logits.softmax(-1).sort(-1, descending=True)
@@ -462,6 +456,8 @@ def load_tensors(path, device="cpu"):
 
 def load_weights(model, state, where, trunk_only=False):
     """load_state_dict with an error that names what does not fit; trunk_only leaves the prototypes as they are."""
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{where} holds no state dict; expected names and tensors")
     want = {k: tuple(v.shape) for k, v in model.state_dict().items() if not (trunk_only and k == "prototypes")}
     have = {k: tuple(v.shape) for k, v in state.items() if k in want or not trunk_only}
     wrong = [k for k in want | have if want.get(k) != have.get(k)]
@@ -476,9 +472,8 @@ def load_checkpoint(path, device="cpu"):
     path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
     ckpt = load_tensors(path, device)
     try:
-        model = PRISM(PRISMConfig(**ckpt["config"]))
-        state = ckpt["model"]
-    except (KeyError, TypeError, AttributeError) as e:
+        model, state = PRISM(PRISMConfig(**ckpt["config"])), ckpt["model"]
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path} holds no PRISM checkpoint ({e}); expected a dict with 'model' and 'config', as train.py writes") from None
     load_weights(model, state, path)
     return model.to(device).eval(), ckpt
@@ -501,10 +496,12 @@ def load_gains(path, model):
     try:
         about = json.loads(Path(path).read_text("utf-8"))
         ids, values, owner = about["ids"], about["gains"], about["checkpoint"]
-        ok = len(ids) == len(values) and all(type(i) is int for i in ids) and all(math.isfinite(g) for g in values)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        ok = len(ids) == len(values) and all(type(i) is int for i in ids) and torch.tensor(values, dtype=torch.float32).isfinite().all()
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, RuntimeError) as e:
         raise UserError(f"{path} is no gains file ({type(e).__name__}: {e}); expected JSON with checkpoint, ids and gains") from None
     M = model.config.n_proto
+    if not M:
+        raise UserError(f"{path} turns prototypes, but this is a dense model (n_proto = 0)")
     if not ok or any(not 0 <= i < M for i in ids):
         raise UserError(f"{path}: expected as many finite gains as ids, and ids from 0 to {M - 1}")
     if owner != fingerprint(model.state_dict()):
@@ -522,6 +519,8 @@ def load_tokenizer(folder):
         about = json.loads((folder / "tokenizer.json").read_text("utf-8"))
         lines = (folder / "tokenizer.tiktoken").read_bytes().splitlines()
         ranks = {base64.b64decode(piece): int(rank) for piece, rank in (line.split() for line in lines)}
+        if sorted([*ranks.values(), about["eot"]]) != list(range(len(lines) + 1)):
+            raise ValueError("ranks and the end-of-text token do not count from 0")
         return tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": about["eot"]})
     except FileNotFoundError as e:
@@ -540,7 +539,7 @@ def load_dataset(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         dtype = {"uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]]
         counts = {s: meta[s]["tokens"] for s in ("train", "val")}
-        hashes, arrays = meta["sha256"], {}
+        hashes, arrays = dict(meta["sha256"]), {}
     except FileNotFoundError:
         raise UserError(f"no prepared dataset in {folder} (meta.json is missing); {again}") from None
     except (ValueError, KeyError, TypeError) as e:
@@ -637,9 +636,11 @@ def run_main(main):
     """Calls main(sys.argv[1:]); what the user can mend becomes one line on standard error and exit status 2."""
     try:
         main(sys.argv[1:])
-    except UserError as e:
+    except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ----------------------------------------------------------------------------- sampling
@@ -669,7 +670,7 @@ def main(argv):
     gains = load_gains(cfg.gains, model) if cfg.gains else None
     for i in range(cfg.num_samples):
         out = model.generate(torch.tensor([ids], device=device), cfg.max_new_tokens, cfg.temperature, cfg.top_k or None,
-                             cfg.top_p, cfg.seed + i, gains, stop=tokenizer.eot_token)[0].tolist()
+                             cfg.top_p, cfg.seed + i, gains, tokenizer.eot_token, tokenizer.n_vocab)[0].tolist()
         print(tokenizer.decode([t for t in out if t != tokenizer.eot_token]))
         if i + 1 < cfg.num_samples:
             print("-" * 20)

@@ -25,11 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from prism import (PRISM, PRISMConfig, UserError, atomic, load_dataset, load_tensors, load_weights, parse_config, pick_device,
+from prism import (PRISM, LinearCrossEntropy, PRISMConfig, UserError, atomic, load_dataset, load_tensors, load_weights, parse_config, pick_device,
                    run_main, window_starts)
 
 
@@ -42,7 +41,7 @@ class TrainConfig(PRISMConfig):
     resume: bool = False              # go on from out_dir/last.pt, or start where there is none
     init_from: str = ""               # weights to start from: a checkpoint, or GPT-2 ("gpt2", "gpt2-medium", a state dict's file)
     seed: int = 1337                  # of the weights, the order of windows and dropout
-    max_iters: int = 1200             # optimiser steps
+    max_iters: int = 1000             # optimiser steps
     batch_size: int = 16              # windows a micro-batch
     total_batch_tokens: int = 2048    # tokens an optimiser step, over all micro-batches and ranks
     learning_rate: float = 2e-3       # its peak
@@ -58,6 +57,22 @@ class TrainConfig(PRISMConfig):
     device: str = "auto"              # auto, cpu, cuda or mps
     dtype: str = "auto"               # auto, float32 or bfloat16 (autocast)
     compile: str = "auto"             # auto, on or off: torch.compile
+
+
+    def check_run(self):
+        """Raises UserError for a value outside its range; check() of the model's shape comes when that is settled."""
+        above, least = 1e-12, {"max_iters": 0, "warmup_iters": 0, "eval_tokens": 0, "seed": 0, "grad_clip": 0.0, "weight_decay": 0.0, "min_lr": 0.0,
+                               "proto_lr_scale": 0.0, "beta1": 0.0, "beta2": 0.0, "lambda_rec": 0.0, "lambda_t2p": 0.0, "lambda_p2t": 0.0}
+        least |= dict.fromkeys(("batch_size", "total_batch_tokens", "eval_interval", "block_size"), 1) | {"learning_rate": above}
+        most = {"beta1": 1 - above, "beta2": 1 - above}
+        for name, low in least.items():
+            value, high = getattr(self, name), most.get(name, math.inf)
+            if not low <= value <= high or value == math.inf:
+                raise UserError(f"{name} is {value}, expected {'above 0' if low == above else f'at least {low:g}'}{' and below 1' if name in most else ''}")
+        return self
+
+
+SHAPE = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias"  # what init_from settles
 
 
 def model_config(cfg):
@@ -121,10 +136,11 @@ class Windows:
         return self.read([w * self.T for w in range(first, first + count)])
 
     def read(self, starts):
-        raw = np.zeros((len(starts), self.T + 1), np.int64)
-        sizes = [len(chunk) for chunk in (self.tokens[s:s + self.T + 1] for s in starts)]
-        for row, s, n in zip(raw, starts, sizes):
-            row[:n] = self.tokens[s:s + n]
+        raw, sizes = np.zeros((len(starts), self.T + 1), np.int64), []
+        for row, s in zip(raw, starts):
+            chunk = self.tokens[s:s + self.T + 1]
+            row[:len(chunk)] = chunk
+            sizes.append(len(chunk))
         if raw.max() >= self.vocab_size:
             r, c = np.unravel_index(raw.argmax(), raw.shape)
             raise UserError(f"{self.path}: token {raw.max()} at position {starts[r] + c} is beyond the vocabulary ({self.vocab_size}); "
@@ -149,27 +165,24 @@ def evaluate(model, windows, cfg, rank, ranks, device, autocast):
     n_windows = -(-n_tokens // T)
     sums = torch.zeros(5, dtype=torch.float64)  # ce, ce without residual, ||r||^2, ||z||^2, tokens
     used = torch.zeros(c.n_proto)
+    W = model.transformer.wte.weight.detach()
     model.eval()
     for first in range(rank * cfg.batch_size, n_windows, ranks * cfg.batch_size):
         idx, targets = (u.to(device) for u in windows.val(first, min(cfg.batch_size, n_windows - first)))
-        flat, keep = targets.flatten(), targets.flatten() >= 0
-
-        def ce(z):
-            return F.cross_entropy(model.logits(z).float(), flat, ignore_index=-1, reduction="sum").item()
+        targets, keep = targets.flatten(), targets.flatten() >= 0
         with autocast:
             z = model.hidden(idx).flatten(0, 1)
-            sums += torch.tensor([ce(z), 0, 0, 0, keep.sum()])
+            sums += torch.tensor([LinearCrossEntropy.apply(z, W, targets).item(), 0, 0, 0, keep.sum()])
             if c.n_proto:
                 m = model.mixture(z)
                 r2, z2 = (u[keep].float().square().sum().item() for u in (m.residual, z))
-                sums += torch.tensor([0, ce(m.reconstruction), r2, z2, 0])
+                sums += torch.tensor([0, LinearCrossEntropy.apply(m.reconstruction, W, targets).item(), r2, z2, 0])
                 used.index_add_(0, m.ids[keep].flatten().cpu(), (m.gates[keep] > 0).float().flatten().cpu())
     model.train()
     if ranks > 1:
-        for t in (sums, used):
-            t_dev = t.float().to(device) if device.type == "mps" else t.to(device)
-            dist.all_reduce(t_dev)
-            t.copy_(t_dev)
+        sums, used = sums.to(device), used.to(device)
+        dist.all_reduce(sums)
+        dist.all_reduce(used)
     ce_, proto, r2, z2, n = sums.tolist()
     return dict(val_ce=ce_ / n, **dict(val_ce_prototypes=proto / n, residual_share=r2 / z2, live=int((used > 0).sum())) if c.n_proto else {})
 
@@ -179,20 +192,27 @@ def evaluate(model, windows, cfg, rank, ranks, device, autocast):
 COLUMNS = ["step", "tokens", "lr", "loss", *PRISM.TERMS, "val_ce", "val_ce_prototypes", "residual_share", "live", "tokens_per_s"]
 
 
-def save_checkpoint(path, content):
+@contextlib.contextmanager
+def writing(path):
+    """Around every write: a full or forbidden disk becomes an error that says what still stands."""
     try:
-        with atomic(path) as f:
-            torch.save(content, f)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); the earlier one is untouched. "
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save wraps the former in the latter
+        raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); what was there before is untouched. "
                         "Free some space, then go on with --resume") from None
 
 
 def read_metrics(path):
+    """The rows of a metrics.csv, numbers or None; [] where there is no file. Raises UserError if it is damaged."""
     if not Path(path).exists():
         return []
-    with open(path, newline="") as f:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+    try:
+        with open(path, newline="") as f:
+            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+            assert all({"step", "tokens"} <= row.keys() for row in rows)
+            return rows
+    except (ValueError, TypeError, AssertionError, csv.Error) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__} {e}); restore it, or move it away to start a new one") from None
 
 
 def write_metrics(out_dir, rows):
@@ -213,7 +233,9 @@ def write_metrics(out_dir, rows):
     draw(left, rows, "ce", "training", "#999999", "-", "")
     draw(left, rows, "val_ce", "validation", "#0072B2")
     draw(left, rows, "val_ce_prototypes", "validation, prototypes only", "#E69F00", "--", "s")
-    draw(left, read_metrics(out_dir.with_name(out_dir.name + "-dense") / "metrics.csv"), "val_ce", "validation, dense twin", "#000000", ":", "^")
+    with contextlib.suppress(UserError, OSError):
+        twin = read_metrics(out_dir.with_name(out_dir.name + "-dense") / "metrics.csv")
+        draw(left, twin, "val_ce", "validation, dense twin", "#000000", ":", "^")
     for key, color, style, marker in (("rec", "#009E73", "-", "o"), ("t2p", "#D55E00", "--", "s"), ("p2t", "#CC79A7", ":", "^")):
         draw(right, rows, key, key, color, style, marker)
     draw(right, rows, "residual_share", "residual share, validation", "#56B4E9", "-.", "v")
@@ -228,31 +250,25 @@ def write_metrics(out_dir, rows):
 
 # ----------------------------------------------------------------------------- the model to train
 
-def build_model(cfg, meta, windows, device):
-    """A fresh model, or one that starts from cfg.init_from, whose shape then replaces the options'."""
-    if cfg.init_from:
-        path = Path(cfg.init_from) / "ckpt.pt" if Path(cfg.init_from).is_dir() else Path(cfg.init_from)
-        content = load_tensors(path) if path.is_file() else None
-        if content is not None and "config" in content:
-            shape = {k: content["config"][k] for k in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")}
-            cfg.__dict__.update(shape)
-            model = PRISM(model_config(cfg))
-            had = content["config"]["n_proto"] == cfg.n_proto
-            load_weights(model, content["model"], path, trunk_only=not had)
-        else:
-            own = {k: getattr(cfg, k) for k in ("dropout", "n_proto", "top_k", "lambda_rec", "lambda_t2p", "lambda_p2t")}
-            model, had = PRISM.from_pretrained(content if content is not None else cfg.init_from, **own), False
-            cfg.__dict__.update(asdict(model.config))
-        model.to(device)
-        if cfg.n_proto and not had:
-            torch.manual_seed(cfg.seed)
-            T = windows.T = cfg.block_size
-            model.start_prototypes(windows.train(0, max(cfg.batch_size, -(-cfg.n_proto // T)))[0].to(device))
-    else:
-        model = PRISM(model_config(cfg)).to(device)
-    if cfg.vocab_size < meta["vocab_size"]:
-        raise UserError(f"the model has vocab_size {cfg.vocab_size}, the dataset {meta['vocab_size']}; prepare it with the model's tokenizer")
-    return model
+def load_start(cfg):
+    """The weights that cfg.init_from names, whose shape then replaces the options' -> (state dict, its n_proto)."""
+    path = Path(cfg.init_from) / "ckpt.pt" if Path(cfg.init_from).is_dir() else Path(cfg.init_from)
+    content = load_tensors(path) if path.is_file() else cfg.init_from
+    if isinstance(content, dict) and "config" in content:
+        config, state = content["config"], content["model"]
+    else:  # GPT-2's; n_head is n_embd / 64 as in all of its sizes
+        model = PRISM.from_pretrained(content, n_proto=0)
+        config, state = asdict(model.config), model.state_dict()
+    for name in SHAPE:
+        setattr(cfg, name, config[name])
+    return state, config["n_proto"]
+
+
+def attach(model, state, n_proto, cfg, windows, device):
+    """Loads a start into model; prototypes that it lacks start on token states of the first windows."""
+    load_weights(model, state, cfg.init_from, trunk_only=n_proto != cfg.n_proto)
+    if cfg.n_proto and n_proto != cfg.n_proto:
+        model.start_prototypes(windows.train(0, max(cfg.batch_size, -(-cfg.n_proto // cfg.block_size)))[0].to(device))
 
 
 def make_optimizer(model, cfg, device):
@@ -276,59 +292,66 @@ def learning_rate(step, cfg):
 # ----------------------------------------------------------------------------- the run
 
 def main(argv):
-    cfg = parse_config(TrainConfig, argv)
+    cfg = parse_config(TrainConfig, argv).check_run()
     keep_freed_memory()
     rank, ranks, device = set_up_ranks(cfg)
     master = rank == 0
     say = (lambda *a: print(*a, flush=True)) if master else (lambda *a: None)
     out_dir = Path(cfg.out_dir)
-
-    # -- data
     folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else Path(__file__).resolve().parent / "data" / cfg.dataset
     train_tokens, val_tokens, meta = load_dataset(folder)
     cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
+    dtype, compiled, why = choose_precision(cfg, device)
+
+    # -- a checkpoint to go on from, or weights to start from
+    last = begin = None
+    if (out_dir / "last.pt").exists():
+        if not cfg.resume:
+            raise UserError(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or remove the folder")
+        last = load_tensors(out_dir / "last.pt")
+        if not isinstance(last, dict) or not {"model", "config", "optimizer", "step", "best", "train_config", "data", "sums"} <= last.keys():
+            raise UserError(f"{out_dir}/last.pt is no checkpoint of train.py; remove it to start afresh")
+        if last["train_config"].get("init_from"):
+            cfg.init_from = last["train_config"]["init_from"]
+            for name in SHAPE:
+                setattr(cfg, name, last["config"][name])
+        free = {"out_dir", "resume", "max_iters", "eval_interval", "eval_tokens", "device", "dtype", "compile", "batch_size"}
+        for k, v in last["train_config"].items():
+            if k not in free and getattr(cfg, k, v) != v:
+                raise UserError(f"{out_dir} was started with {k}={v}, now {k}={getattr(cfg, k)}; give --{k}={v} or another --out_dir")
+        if last["data"] != meta["sha256"]["train.bin"]:
+            raise UserError(f"{out_dir} was trained on another version of {folder}; choose another --out_dir")
+    elif cfg.init_from:
+        begin = load_start(cfg)
+    start, best = (last["step"], last["best"]) if last else (0, math.inf)
+    rows = [r for r in read_metrics(out_dir / "metrics.csv") if r["step"] <= start] if last else []
+
+    # -- the shape is settled: windows, model, optimiser
+    if cfg.vocab_size < meta["vocab_size"]:
+        raise UserError(f"the model has vocab_size {cfg.vocab_size}, the dataset {meta['vocab_size']}; prepare it with the model's tokenizer")
     windows = Windows(train_tokens, cfg.block_size, cfg.seed, meta["vocab_size"], folder / "train.bin")
     val_windows = Windows(val_tokens, cfg.block_size, cfg.seed, meta["vocab_size"], folder / "val.bin")
     micros = cfg.total_batch_tokens // (cfg.batch_size * cfg.block_size)  # micro-batches a step, over all ranks
     if micros * cfg.batch_size * cfg.block_size != cfg.total_batch_tokens or micros % ranks or not micros:
         raise UserError(f"total_batch_tokens is {cfg.total_batch_tokens}, expected a multiple of batch_size x block_size x ranks "
                         f"= {cfg.batch_size} x {cfg.block_size} x {ranks} = {cfg.batch_size * cfg.block_size * ranks}")
-
-    # -- a checkpoint to go on from
-    last, start, best, rows = None, 0, math.inf, []
-    if (out_dir / "last.pt").exists():
-        if not cfg.resume:
-            raise UserError(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or remove the folder")
-        last = load_tensors(out_dir / "last.pt")
-        if not isinstance(last, dict) or not {"model", "optimizer", "step", "best", "train_config"} <= last.keys():
-            raise UserError(f"{out_dir}/last.pt is no checkpoint of train.py; remove it to start afresh")
-        free = {"out_dir", "resume", "init_from", "max_iters", "eval_interval", "eval_tokens", "device", "dtype", "compile", "batch_size"}
-        if last["train_config"]["init_from"]:  # the checkpoint's shape came from there
-            cfg.__dict__.update(last["config"])
-        was = {k: v for k, v in last["train_config"].items() if k not in free and k in asdict(cfg) and v != getattr(cfg, k)}
-        if was:
-            k = next(iter(was))
-            raise UserError(f"{out_dir} was started with {k}={was[k]}, now {k}={getattr(cfg, k)}; give --{k}={was[k]} or another --out_dir")
-        if last["data"] != meta["sha256"]["train.bin"]:
-            raise UserError(f"{out_dir} was trained on another version of {folder}; choose another --out_dir")
-        start, best = last["step"], last["best"]
-        rows = [r for r in read_metrics(out_dir / "metrics.csv") if r["step"] <= start]
-
-    # -- model, optimiser
     torch.manual_seed(cfg.seed)
-    if last is None:
-        model = build_model(cfg, meta, windows, device)
-    else:
-        model = PRISM(model_config(cfg)).to(device)
+    model = PRISM(model_config(cfg)).to(device)
+    if last:
         load_weights(model, last["model"], out_dir / "last.pt")
+    elif begin:
+        attach(model, *begin, cfg, windows, device)
     optimizer = make_optimizer(model, cfg, device)
-    if last is not None:
-        optimizer.load_state_dict(last["optimizer"])
-    dtype, compiled, why = choose_precision(cfg, device)
+    if last:
+        try:
+            optimizer.load_state_dict(last["optimizer"])
+        except (KeyError, ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"{out_dir}/last.pt holds no state of this optimizer ({e}); remove it to start afresh") from None
     autocast = torch.autocast(device.type, dtype=dtype) if dtype is not torch.float32 else contextlib.nullcontext()
     step_model = torch.compile(model) if compiled else model
     if ranks > 1:
-        step_model = DistributedDataParallel(step_model, device_ids=[device] if device.type == "cuda" else None)
+        step_model = DistributedDataParallel(step_model, device_ids=[device] if device.type == "cuda" else None,
+                                             gradient_as_bucket_view=True)
 
     n_params = sum(p.numel() for p in model.parameters())
     per_epoch = len(windows.starts(0)) * cfg.block_size
@@ -338,7 +361,10 @@ def main(argv):
     say(f"steps: {start} to {cfg.max_iters} of {cfg.total_batch_tokens:,} tokens in {micros} micro-batch{'es' * (micros > 1)}, "
         f"{cfg.max_iters * cfg.total_batch_tokens / per_epoch:.1f} epochs")
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
+        with writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+        for left in out_dir.glob("*.tmp"):  # of a run that was killed while it wrote
+            left.unlink()
         with atomic(out_dir / "config.json", "w") as f:
             json.dump(asdict(cfg), f, indent=1)
         for name in ("tokenizer.tiktoken", "tokenizer.json"):
@@ -357,26 +383,29 @@ def main(argv):
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())
 
-    def checkpoint(step, is_best):
+    def checkpoint(step, is_best=False):
         if not master:
             return
         content = dict(model=model.state_dict(), config=asdict(model.config), step=step, best=best, optimizer=optimizer.state_dict(),
-                       train_config=asdict(cfg), data=meta["sha256"]["train.bin"])
+                       train_config=asdict(cfg), data=meta["sha256"]["train.bin"], sums=sums)
         for name in ["ckpt.pt"] * is_best + ["last.pt"]:  # a kill in between repeats this interval and writes both again
-            save_checkpoint(out_dir / name, content)
+            with writing(out_dir / name), atomic(out_dir / name) as f:
+                torch.save(content, f)
 
     def bad(what, value, step):
-        return UserError(f"{what} is {value} at step {step}; the run stops, {out_dir}/last.pt holds the last good state. "
+        kept = f"{out_dir}/last.pt holds the last good state" if (out_dir / "last.pt").exists() else "there was no checkpoint yet"
+        return UserError(f"{what} is {value} at step {step}; the run stops, {kept}. "
                          "Lower --learning_rate or --grad_clip, or look at the data there")
 
     # -- steps
     bar = tqdm(total=cfg.max_iters, initial=start, disable=not (master and sys.stderr.isatty()), unit="step", dynamic_ncols=True)
-    terms, seen, t0, t_eval = torch.zeros(5, device=device), 0, time.perf_counter(), 0.0
+    sums = last["sums"].to(device) if last else torch.zeros(6, device=device)  # since the last evaluation: loss, its terms, steps
+    step_terms, t0, t_eval = torch.ones(6, device=device), time.perf_counter(), 0.0
     check_every = 1 if device.type == "cpu" else 10  # reading the loss of a GPU makes it wait
     for step in range(start, cfg.max_iters):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg) * group["scale"]
-        step_terms = torch.zeros(5, device=device)
+        step_terms.zero_()[5] = 1 / ranks
         for i in range(rank, micros, ranks):
             micro = step * micros + i  # its number in the run, whatever the number of ranks
             idx, targets = windows.train(micro * cfg.batch_size, cfg.batch_size)
@@ -391,7 +420,7 @@ def main(argv):
                 with autocast:
                     _, loss, parts = step_model(idx, targets, return_terms=True)
                 (loss * ranks / micros).backward()
-            step_terms += torch.cat((loss.detach()[None], parts)) / micros
+            step_terms[:5] += torch.cat((loss.detach()[None], parts)) / micros
         if ranks > 1:
             dist.all_reduce(step_terms)
         if (step + 1) % check_every == 0 and not math.isfinite(step_terms[0].item()):
@@ -400,9 +429,7 @@ def main(argv):
             torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        terms, seen, done = terms + step_terms, seen + 1, step + 1
-
-        ending = done == cfg.max_iters or (done % check_every == 0 and agreed_to_stop())
+        sums, done = sums + step_terms, step + 1
         speed = (done - start) * cfg.total_batch_tokens / (time.perf_counter() - t0 - t_eval)
         bar.update()
         if bar.n % 10 == 0 and not bar.disable:
@@ -410,28 +437,33 @@ def main(argv):
         elif bar.disable and master and done % max(1, cfg.eval_interval // 5) == 0:
             left = (cfg.max_iters - done) * cfg.total_batch_tokens / speed
             say(f"step {done}: ce {step_terms[1].item():.3f}, {speed:,.0f} tokens/s, {left:.0f} s to go")
-        if not (ending or done % cfg.eval_interval == 0):
+        stopping = done % check_every == 0 and agreed_to_stop()
+        if not (done == cfg.max_iters or done % cfg.eval_interval == 0):
+            if stopping:
+                checkpoint(done)
+                break
             continue
         t1 = time.perf_counter()
         result = evaluate(model, val_windows, cfg, rank, ranks, device, autocast)
-        means = dict(zip(("loss", *PRISM.TERMS), (terms / seen).tolist()))
+        means = dict(zip(("loss", *PRISM.TERMS), (sums[:5] / sums[5]).tolist()))
         if not math.isfinite(result["val_ce"]) or not math.isfinite(means["loss"]):
             raise bad("the loss", result["val_ce"], done)
-        terms, seen = torch.zeros(5, device=device), 0
+        sums = torch.zeros(6, device=device)
         is_best = result["val_ce"] < best
         best = min(best, result["val_ce"])
-        checkpoint(done, is_best)
         row = dict.fromkeys(COLUMNS) | dict(step=done, tokens=done * cfg.total_batch_tokens, lr=optimizer.param_groups[0]["lr"],
                                             tokens_per_s=speed) | means | result
         rows = [r for r in rows if r["step"] < done] + [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}]
         if master:
-            write_metrics(out_dir, rows)
+            with writing(out_dir / "metrics.csv"):  # before the checkpoint: resuming drops rows that are too new, but cannot make one up
+                write_metrics(out_dir, rows)
+        checkpoint(done, is_best)
         bar.clear()
         head = f", prototypes only {result['val_ce_prototypes']:.4f}, residual share {result['residual_share']:.3f}, " \
                f"live {result['live']}/{cfg.n_proto}" if cfg.n_proto else ""
         say(f"step {done}: validation ce {result['val_ce']:.4f}{head}, {speed:,.0f} tokens/s{' *' if is_best else ''}")
         t_eval += time.perf_counter() - t1
-        if ending:
+        if stopping:
             break
     bar.close()
     if stop:

@@ -38,7 +38,7 @@ def test_quality(dataset, tmp_path):
     words = f"--datasets={dataset}", "--seeds=2", f"--options={options}", f"--results={tmp_path}/q.json"
     lines = script("quality.py", *words)
     runs = json.loads((tmp_path / "q.json").read_text())["runs"]
-    assert len(runs) == 4 and lines[-1].startswith("validation loss PRISM against dense ")
+    assert len(runs) == 4 and lines[-1].startswith("PRISM against dense: tiny ")
     again = script("quality.py", *words)  # nothing is run twice
     assert again[-1] == lines[-1] and len(again) < len(lines)
 

@@ -158,19 +158,41 @@ def test_prototypes_get_no_cross_entropy_gradient_and_every_parameter_gets_some(
 
 
 def test_training_never_holds_a_tokens_by_k_by_d_tensor():
-    model = tiny(torch.float32, n_embd=64, n_proto=100, top_k=16, vocab_size=300).train()
-    idx = torch.randint(300, (4, 8))
-    largest = [0]
+    model = tiny(torch.float32, n_embd=64, n_proto=100, top_k=16, vocab_size=300, head_share=1.0).train()
+    idx, seen = torch.randint(300, (4, 8)), []  # N = 32
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            largest[0] = max([largest[0]] + [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out])
-                                             if isinstance(t, torch.Tensor) and 32 in t.shape[:1] + t.shape[:0]])
+            seen.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
             return out
     with Watch():
         model(idx, idx, return_terms=True)[1].backward()
-    assert 32 * 300 <= largest[0] < 32 * 16 * 64  # the logits were seen, no (N, k, d) was
+    assert 300 * 64 <= max(seen) < 32 * 16 * 64  # W's gradient was seen, no (N, k, d) was
+
+
+def test_gradient_of_the_loss_equals_plain_autograd():
+    """The whole training loss written with ordinary operations; the denominator of rec is held fixed."""
+    model = tiny(head_share=1.0).train()
+    idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(4))
+    params, c = dict(model.named_parameters()), model.config
+    got = torch.autograd.grad(model(idx, idx, return_terms=True)[1], list(params.values()))
+    z, P = model.hidden(idx).flatten(0, 1), model.prototypes
+    s = F.normalize(z, dim=-1) @ F.normalize(P, dim=-1).T
+    top = s.topk(c.top_k)
+    gates = torch.zeros_like(s).scatter(1, top.indices, top.values.relu())
+    loss = F.cross_entropy(z @ model.transformer.wte.weight.T, idx.flatten()) + c.lambda_t2p * (1 - s.max(1).values.mean()) \
+        + c.lambda_p2t * (1 - s.max(0).values.mean()) + c.lambda_rec * (z - gates @ P).square().sum() / z.detach().square().sum()
+    for name, a, b in zip(params, got, torch.autograd.grad(loss, list(params.values()))):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_second_derivatives_are_refused():
+    z, P, W = (torch.randn(n, 4, requires_grad=True) for n in (6, 5, 7))
+    for out in (TopSimilarity.apply(z, P, 2)[0].sum(), LinearCrossEntropy.apply(z, W, torch.tensor([0, 1, 2, 3, 4, 5]))):
+        first, = torch.autograd.grad(out, z, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+            first.sum().backward()
 
 
 # ----------------------------------------------------------------------------- promises
@@ -282,6 +304,11 @@ def test_top_k_and_top_p_limit_what_is_drawn():
     assert (drawn - probs).abs().max() < 0.1
 
 
+def test_tokens_beyond_the_tokenizer_are_never_drawn():
+    model = tiny()
+    assert model.generate(torch.zeros(200, 1, dtype=torch.long), 3, temperature=5.0, seed=1, n_vocab=4).max() == 3
+
+
 def test_generation_refuses_bad_input():
     model = tiny()
     with pytest.raises(UserError, match="the prompt has 9 tokens, expected 1 to block_size = 8"):
@@ -357,7 +384,10 @@ def test_checkpoints_of_others_are_refused_and_never_run(tmp_path, capsys):
             prism.load_checkpoint(tmp_path)
     for content, message in (([1, 2], "no PRISM checkpoint"), ({"model": {}}, "no PRISM checkpoint"),
                              ({"model": {}, "config": {"n_layers": 2}}, "no PRISM checkpoint"),
-                             ({"model": {}, "config": asdict(model.config)}, "do not fit")):
+                             ({"model": {}, "config": asdict(model.config)}, "do not fit"), (torch.ones(3), "no PRISM checkpoint"),
+                             ({"model": [1], "config": asdict(model.config)}, "no state dict"),
+                             ({"model": {"a": 1}, "config": asdict(model.config)}, "no state dict"),
+                             ({"model": {}, "config": asdict(model.config) | {"n_embd": 2 ** 62}}, "no PRISM checkpoint")):
         torch.save(content, path)
         with pytest.raises(UserError, match=message):
             prism.load_checkpoint(tmp_path)
@@ -373,7 +403,8 @@ def test_gains_files(tmp_path):
     assert prism.load_gains(path, model).tolist() == [1, 0, 1, 1, 2.5]
     bad = [("{", "no gains file"), (json.dumps({"ids": []}), "no gains file"), (json.dumps(good | dict(checkpoint="ff")), "another checkpoint"),
            (json.dumps(good | dict(ids=[1, 5])), "ids from 0 to 4"), (json.dumps(good | dict(gains=[1, math.nan])), "finite"),
-           (json.dumps(good | dict(gains=["0", "1"])), "no gains file"), (json.dumps(good | dict(ids=[1])), "as many")]
+           (json.dumps(good | dict(gains=["0", "1"])), "no gains file"), (json.dumps(good | dict(ids=[1])), "as many"),
+           (json.dumps(good | dict(gains=[1, 1e300])), "finite"), (json.dumps(good | dict(gains=[1, 10 ** 400])), "no gains file"), ("[" * 10 ** 5, "no gains file")]
     for text, message in bad:
         path.write_text(text)
         with pytest.raises(UserError, match=message):
@@ -401,6 +432,9 @@ def test_datasets_that_disagree_with_their_meta(tmp_path):
     text = "é\r\n <|endoftext|> \U0001f600"
     tokenizer = prism.load_tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text and tokenizer.eot_token == 256
+    (folder / "tokenizer.tiktoken").write_text("YQ== 0\nYg== 0")
+    with pytest.raises(UserError, match="do not count from 0"):
+        prism.load_tokenizer(folder)
     (folder / "tokenizer.tiktoken").write_text("no rank file")
     with pytest.raises(UserError, match="damaged"):
         prism.load_tokenizer(folder)
