@@ -480,11 +480,17 @@ def write_tokens(pieces, encoding, folder, workers, size=None):
     characters, sources, row = 0, set(), None
 
     def tokenise(batch):  # tiktoken lets go of the interpreter's lock: threads, as fast as processes, and nothing to copy
-        return [encoding.encode_to_numpy(piece.text, disallowed_special=()).astype(dtype) for piece in batch]
+        try:
+            return [encoding.encode_to_numpy(piece.text, disallowed_special=()).astype(dtype) for piece in batch]
+        except ValueError as e:  # its regular expressions have a limit, about half a million blanks in a row
+            raise UserError(f"in or after '{batch[0].title}': text that cannot be split ({e}); is there a very long run of blanks?") from None
 
     def put(name, data):
         files[name].write(data)
         hashes[name].update(data)
+
+    def plain(name):  # a file name may hold bytes that are no UTF-8
+        return os.fsencode(name).decode("utf-8", "replace") if any("\udc80" <= c <= "\udcff" for c in name) else name
 
     def add(tokens):
         put(f"{row['split']}.bin", tokens)
@@ -507,7 +513,7 @@ def write_tokens(pieces, encoding, folder, workers, size=None):
                     if row:
                         finish()
                     row = {"split": piece.split, "start": totals[piece.split]["tokens"], "length": 0,
-                           "source": piece.source, "title": piece.title}
+                           "source": plain(piece.source), "title": plain(piece.title)}
                 add(tokens)
                 characters += len(piece.text)
                 bar.update(len(piece.text))
@@ -540,6 +546,8 @@ def find_corpus(words, cfg):
     name = cfg.name or (stem if len(words) == 1 else "")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (".", "..", "prepare"):
         raise UserError(f"'{name}' cannot name a dataset; give --name=NAME: letters, digits, _ . - (but not 'prepare')")
+    if name in SOURCES and not known:
+        raise UserError(f"'{name}' is the name of a corpus of its own; give your text another: --name=NAME")
     folder = data_dir(cfg) / name
     return SOURCES[words[0]](folder / "download", cfg) if known else own_corpus(words, cfg.separator), folder
 
@@ -551,6 +559,9 @@ def prepare(words, cfg, command=""):
     fraction = cfg.val_fraction or corpus.val_fraction
     if not 0 < fraction < 1:
         raise UserError(f"--val_fraction={cfg.val_fraction}: expected more than 0 and less than 1")
+    for option, least in (("workers", 0), ("bpe_chars", 1), ("shards", 1)):
+        if getattr(cfg, option) < least:
+            raise UserError(f"--{option}={getattr(cfg, option)}: expected at least {least}")
     lengths = few_lengths(corpus)
     if lengths == []:
         raise UserError(f"{' '.join(words)}: no text; expected at least one document with text")
@@ -567,7 +578,7 @@ def prepare(words, cfg, command=""):
                 if not counts[split]["documents"]:
                     raise UserError(f"no text for {split}: too little, or --val_fraction={fraction} does not suit it")
             meta = {"format": 1, "name": folder.name, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-                    "tokenizer": encoding.name, **counts, "command": command}
+                    "tokenizer": encoding.name, **counts, "command": command.encode("utf-8", "replace").decode()}
             meta["sha256"]["tokenizer.tiktoken"] = write_tokenizer(encoding, new)
             (new / "meta.json").write_text(json.dumps(meta, ensure_ascii=False, indent=1) + "\n", "utf-8")
             for name in (names := ("train.bin", "val.bin", "docs.json", "tokenizer.tiktoken", "tokenizer.json", "meta.json")):
@@ -593,7 +604,9 @@ def main(argv):
     words = [word for word in argv if not word.startswith("-")] or ["pydoc"]
     try:
         prepare(words, parse_config(PrepareConfig, options), shlex.join(["python", "data/prepare.py", *argv]))
-    except OSError as e:
+    except (OSError, UnicodeError) as e:
+        if isinstance(e, UnicodeError):
+            raise UserError(f"a name that is no UTF-8 ({e}); rename it") from None
         raise UserError(f"{e.filename or 'writing'}: {e.strerror or e}; nothing was changed") from None
     except KeyboardInterrupt:
         raise UserError("interrupted; nothing was changed") from None

@@ -27,8 +27,11 @@ def main(argv):
     if not ids or not model.config.n_proto:
         raise UserError("a prompt and a model with prototypes are needed")
 
-    def show(tokens):  # matplotlib would read $ as mathematics
-        return " ".join(repr(tokenizer.decode([t]))[1:-1].replace("$", r"\$") for t in tokens)
+    def plain(text):  # matplotlib would read $ as mathematics
+        return repr(text)[1:-1].replace("$", r"\$")
+
+    def show(tokens):
+        return " ".join(plain(tokenizer.decode([t])) for t in tokens)
     e = model.explain(torch.tensor([ids]), centered=True)
     target, logit, residual = (u[0, -1].item() for u in (e.targets, e.logit, e.residual))
     slices = e.contributions[0, -1].tolist()
@@ -50,7 +53,7 @@ def main(argv):
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.set_xlabel("share of the logit against the mean logit")
-    ax.set_title(f"“{cfg.prompt}” → “{show([int(target)])}”: {sum(slices):.2f} by prototypes {residual:+.2f} residual = {logit:.2f}", fontsize=10)
+    ax.set_title(f"“{plain(cfg.prompt)}” → “{show([int(target)])}”: {sum(slices):.2f} by prototypes {residual:+.2f} residual = {logit:.2f}", fontsize=10)
     with atomic(cfg.out) as f:
         fig.savefig(f, dpi=130, format="png")
     print(f"{cfg.out}: slices {sum(slices):.4f} + residual {residual:.4f} = logit {logit:.4f}")

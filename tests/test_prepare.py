@@ -499,3 +499,19 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("tokenize: 1 MB, ") and not os.listdir(tmp_path / "tmp")
     assert result["megabytes"] == 1 and result["tokens"] > 100_000 and 50 < result["peak_rss_mb"] < 1000
     assert {run["workers"] for run in result["runs"]} == {1, os.cpu_count()} and all(run["seconds"] > 0 for run in result["runs"])
+
+
+def test_names_and_texts_that_break_elsewhere(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt", "w") as f:  # a file name that is no UTF-8
+        f.write(words(300))
+    prepare.prepare([str(tmp_path / "in")], config(tmp_path, name="odd"))
+    assert {row["title"] for row, _ in read_back(tmp_path / "data/odd")} == {"caf\ufffd.txt"}
+    with pytest.raises(UserError, match="'pydoc' is the name of a corpus of its own"):
+        prepare.prepare([str(tmp_path / "in")], config(tmp_path, name="pydoc"))
+    jsonl(tmp_path / "blank.jsonl", [{"text": "a" + " " * 3_000_000 + "b", "title": "the blank one"}, {"text": "more text here " * 50}])
+    with pytest.raises(UserError, match="'the blank one': text that cannot be split"):
+        prepare.prepare([str(tmp_path / "blank.jsonl")], config(tmp_path, name="blank", tokenizer="byte"))
+    for kw in (dict(workers=-1), dict(bpe_chars=0)):
+        with pytest.raises(UserError, match=f"--{next(iter(kw))}={next(iter(kw.values()))}: expected at least"):
+            prepare.prepare([str(tmp_path / "in")], config(tmp_path, name="odd", **kw))
