@@ -49,7 +49,7 @@ def test_picture(dataset, tmp_path):
     save_run(tmp_path, tiny(torch.float32, vocab_size=257, block_size=16))
     for name in ("tokenizer.tiktoken", "tokenizer.json"):
         (tmp_path / name).write_bytes((dataset / name).read_bytes())
-    line = script("picture.py", f"--out_dir={tmp_path}", "--prompt=the $cat", f"--out={tmp_path}/p.png")[-1]
+    line = script("picture.py", f"--out_dir={tmp_path}", "--prompt=the $\\x$ cat", f"--out={tmp_path}/p.png")[-1]
     slices, residual, logit = (float(line.split(w)[1].split()[0]) for w in ("slices ", "residual ", "logit "))
     assert slices + residual == pytest.approx(logit, abs=2e-4)
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
