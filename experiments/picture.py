@@ -41,7 +41,7 @@ def main(argv):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 1.2 + 0.2 * len(names)), layout="constrained")
     left = 0.0
     for row, (name, value) in enumerate(zip(names, slices + [residual])):  # a waterfall: each bar starts where the last ended
         color = "#999999" if name == "residual" else "#0072B2" if value >= 0 else "#E69F00"
@@ -51,7 +51,8 @@ def main(argv):
     ax.axvline(left, color="black", lw=0.8, ls=":")
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
-    ax.margins(x=0.12)
+    low, high = ax.get_xlim()
+    ax.set_xlim(low, high + 0.09 * (high - low))  # room for the last number
     ax.set_xlabel("share of the logit against the mean logit")
     ax.set_title(f"“{plain(cfg.prompt)}” → “{show([int(target)])}”: {sum(slices):.2f} by prototypes {residual:+.2f} residual = {logit:.2f}", fontsize=10)
     with atomic(cfg.out) as f:
