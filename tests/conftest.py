@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def write_dataset(folder, train, val, vocab_size=257, dtype="uint16"):
                 sha256={n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in ("train.bin", "val.bin")})
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_test_waits_for_ever():
+    """Several tests start processes and wait for them; one that hangs must fail and say where."""
+    def late(number, frame):
+        raise TimeoutError("the test did not end within 150 seconds")
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(150)
+    yield
+    signal.alarm(0)
 
 
 @pytest.fixture(scope="session")
