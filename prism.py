@@ -472,6 +472,8 @@ def load_checkpoint(path, device="cpu"):
     path = path / "ckpt.pt" if path.is_dir() or not path.suffix else path
     ckpt = load_tensors(path, device)
     try:
+        if not isinstance(ckpt, dict):
+            raise TypeError(f"it is a {type(ckpt).__name__}")
         model, state = PRISM(PRISMConfig(**ckpt["config"])), ckpt["model"]
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path} holds no PRISM checkpoint ({e}); expected a dict with 'model' and 'config', as train.py writes") from None

@@ -473,6 +473,8 @@ def main(argv):
     else:
         say(f"best validation ce {best:.4f}; wrote {out_dir}/ckpt.pt. Next: python prism.py --out_dir={out_dir} --prompt=\"The\"")
     if ranks > 1:
+        dist.barrier()  # rank 0 may still write; a rank that leaves earlier breaks the group under it
+        del step_model  # the reducer's threads end before the group that they use
         dist.destroy_process_group()
     if stop:
         sys.exit(128 + stop[0])
