@@ -448,7 +448,7 @@ def load_tensors(path, device="cpu"):
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train a model first: python train.py") from None
+        raise UserError(f"{path} does not exist; train a model first: python train.py, or --resume one that was stopped before its first evaluation") from None
     except Exception as e:  # a truncated zip, a foreign format, a pickle that asks for code: torch has no common class for them
         raise UserError(f"{path} is damaged, no checkpoint, or asks to run code, and was refused ({type(e).__name__}: {str(e)[:100]}); "
                         "restore it or train again") from None

@@ -3,7 +3,7 @@
     python data/prepare.py && python train.py                          the default: a laptop CPU, minutes
     python train.py config/tinystories.toml --n_proto=1024             a preset, then options; later words win
     python train.py --resume                                           goes on from out/last.pt, bit for bit
-    python train.py --n_proto=0 --out_dir=out-dense                    the dense twin: the next loss.png of out/ shows it
+    python train.py --n_proto=0 --out_dir=out-dense                    the dense twin: then --resume draws it on loss.png of out/
     torchrun --standalone --nproc_per_node=8 train.py config/prism-130m.toml
 
 Writes to out_dir: ckpt.pt (best on validation), last.pt (newest), config.json, metrics.csv, loss.png, the tokenizer.
@@ -316,7 +316,7 @@ def main(argv):
             for name in SHAPE:
                 setattr(cfg, name, last["config"][name])
         free = {"out_dir", "resume", "max_iters", "eval_interval", "eval_tokens", "device", "dtype", "compile", "batch_size"}
-        for k, v in last["train_config"].items():
+        for k, v in sorted(last["train_config"].items(), key=lambda kv: kv[0] != "dataset"):  # the dataset explains what follows from it
             if k not in free and getattr(cfg, k, v) != v:
                 raise UserError(f"{out_dir} was started with {k}={v}, now {k}={getattr(cfg, k)}; give --{k}={v} or another --out_dir")
         if last["data"] != meta["sha256"]["train.bin"]:
@@ -469,7 +469,9 @@ def main(argv):
     if stop:
         say(f"stopped by a signal after step {done}; go on with --resume")
     elif start >= cfg.max_iters:
-        say(f"{out_dir} is at step {start} of {cfg.max_iters} already; nothing to do")
+        if master and rows:
+            write_metrics(out_dir, rows)  # loss.png again: a dense twin may have come since
+        say(f"{out_dir} is at step {start} of {cfg.max_iters} already; only loss.png was drawn again")
     else:
         say(f"best validation ce {best:.4f}; wrote {out_dir}/ckpt.pt. Next: python prism.py --out_dir={out_dir} --prompt=\"The\"")
     if ranks > 1:

@@ -31,8 +31,8 @@ from train import keep_freed_memory  # noqa: E402
 class MixConfig:
     tokens: int = 2048     # N
     n_embd: int = 192      # d
-    n_proto: int = 512     # M
-    top_k: int = 8         # k
+    n_proto: int = 1024    # M
+    top_k: int = 16        # k
     rounds: int = 30       # interleaved repeats
     device: str = "auto"   # auto, cpu or cuda
     results: str = ""      # the JSON file; empty is experiments/results/mix-DEVICE.json

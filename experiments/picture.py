@@ -16,7 +16,7 @@ from prism import UserError, atomic, load_checkpoint, load_tokenizer, parse_conf
 class PictureConfig:
     out_dir: str = "out"                              # the run
     prompt: str = "Return the number of"              # its most likely next token is explained
-    out: str = "assets/ledger.png"                    # the picture
+    out: str = "out/ledger.png"                       # the picture
 
 
 def main(argv):
