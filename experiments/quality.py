@@ -57,7 +57,7 @@ def train(dataset, seed, options):
 def main(argv):
     cfg = parse_config(QualityConfig, argv)
     path = Path(cfg.results)
-    results = json.loads(path.read_text()) if path.exists() else {"machine": "", "runs": {}}
+    results = json.loads(path.read_text()) if path.exists() else {"machine": "", "runs": {}, "against dense": {}}
     results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread a run"
     todo = []
     for dataset in cfg.datasets.split(","):
@@ -99,7 +99,7 @@ def main(argv):
             if options == cfg.options.strip():
                 default.append(dict(dataset=Path(dataset).name, loss=mean("val_ce") / dense - 1, without_residual=mean("val_ce_prototypes") / dense - 1,
                                     live=min(r["live"] for r in group), seeds=len(group)))
-    results["against dense" + " (grid)" * cfg.grid] = default
+    results["against dense"] |= {} if cfg.grid else {d["dataset"]: d for d in default}
     with atomic(path, "w") as f:
         json.dump(results, f, indent=1)
     print("PRISM against dense: " + "; ".join(f"{d['dataset']} {d['loss']:+.2%}, without residual {d['without_residual']:+.2%}, live {d['live']:.0f}" for d in default))
