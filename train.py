@@ -453,7 +453,7 @@ def main(argv):
         best = min(best, result["val_ce"])
         row = dict.fromkeys(COLUMNS) | dict(step=done, tokens=done * cfg.total_batch_tokens, lr=optimizer.param_groups[0]["lr"],
                                             tokens_per_s=speed) | means | result
-        rows = [r for r in rows if r["step"] < done] + [{k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}]
+        rows.append({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
         if master:
             with writing(out_dir / "metrics.csv"):  # before the checkpoint: resuming drops rows that are too new, but cannot make one up
                 write_metrics(out_dir, rows)
