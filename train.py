@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -85,13 +86,16 @@ def set_up_ranks(cfg):
     """-> rank, number of ranks, device. Under torchrun starts NCCL where there is CUDA, gloo elsewhere."""
     if "RANK" not in os.environ:
         return 0, 1, pick_device(cfg.device)
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    local = int(os.environ["LOCAL_RANK"])
     cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
     device = pick_device(f"cuda:{local}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, dist.get_world_size(), device
+    # torchrun keeps one store over its restarts: without a prefix a new rank may read the address of one that died
+    store, rank, ranks = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
+    return rank, ranks, device
 
 
 def choose_precision(cfg, device):

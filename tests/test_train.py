@@ -32,9 +32,9 @@ def run(dataset, out, *more):
             signal.signal(s, handler)
 
 
-def spawn(dataset, out, *more, ranks=1, restarts=0):
+def spawn(dataset, out, *more, ranks=1):
     launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                  f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+                                                  f"--nproc_per_node={ranks}", "--max-restarts=3"]
     return subprocess.Popen([*launch, str(ROOT / "train.py"), f"--dataset={dataset}", f"--out_dir={out}", *TINY, *more],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -168,7 +168,7 @@ def test_torchrun_brings_a_killed_rank_back(dataset, tmp_path):
     more = ["--max_iters=300", "--eval_interval=20"]
     reference = spawn(dataset, tmp_path / "a", *more, ranks=2)
     assert reference.wait() == 0
-    process = spawn(dataset, tmp_path / "b", *more, "--resume", ranks=2, restarts=2)
+    process = spawn(dataset, tmp_path / "b", *more, "--resume", ranks=2)
     lines = []
     for line in process.stdout:
         lines.append(line)
