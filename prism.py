@@ -559,6 +559,11 @@ def load_dataset(folder):
     return arrays["train"], arrays["val"], meta
 
 
+def dataset_folder(name):
+    """A dataset's name or path -> its folder: the path where there is one, else the folder under data/."""
+    return Path(name) if Path(name).is_dir() else Path(__file__).resolve().parent / "data" / name
+
+
 def window_starts(n_tokens, block_size, seed, epoch):
     """First tokens of the training windows of one epoch, in the order in which training reads them: (W,) int64.
 
@@ -582,6 +587,24 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={name} cannot be used here ({str(e).splitlines()[0]}); expected auto, cpu, cuda or mps") from None
     return device
+
+
+def set_up_ranks(name):
+    """name of a device -> rank, number of ranks, device. Under torchrun starts NCCL where there is CUDA, gloo elsewhere."""
+    if "RANK" not in os.environ:
+        return 0, 1, pick_device(name)
+    local = int(os.environ["LOCAL_RANK"])
+    cuda = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+    device = pick_device(f"cuda:{local}" if cuda else "cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+    # torchrun keeps one store over its restarts: without a prefix a new rank may read the address of one that died
+    store, rank, ranks = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
+    return rank, ranks, device
 
 
 def parse_config(cls, argv):

@@ -25,12 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from prism import (PRISM, LinearCrossEntropy, PRISMConfig, UserError, atomic, load_dataset, load_tensors, load_weights, parse_config, pick_device,
-                   run_main, window_starts)
+from prism import (PRISM, LinearCrossEntropy, PRISMConfig, UserError, atomic, dataset_folder, load_dataset, load_tensors, load_weights,
+                   parse_config, run_main, set_up_ranks, window_starts)
 
 
 # ----------------------------------------------------------------------------- configuration
@@ -81,22 +80,6 @@ def model_config(cfg):
 
 
 # ----------------------------------------------------------------------------- devices and ranks
-
-def set_up_ranks(cfg):
-    """-> rank, number of ranks, device. Under torchrun starts NCCL where there is CUDA, gloo elsewhere."""
-    if "RANK" not in os.environ:
-        return 0, 1, pick_device(cfg.device)
-    local = int(os.environ["LOCAL_RANK"])
-    cuda = cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
-    device = pick_device(f"cuda:{local}" if cuda else "cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    # torchrun keeps one store over its restarts: without a prefix a new rank may read the address of one that died
-    store, rank, ranks = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks)
-    return rank, ranks, device
-
 
 def choose_precision(cfg, device):
     """-> (dtype, compile?, why): what 'auto' means on this device, in words."""
@@ -298,11 +281,11 @@ def learning_rate(step, cfg):
 def main(argv):
     cfg = parse_config(TrainConfig, argv).check_run()
     keep_freed_memory()
-    rank, ranks, device = set_up_ranks(cfg)
+    rank, ranks, device = set_up_ranks(cfg.device)
     master = rank == 0
     say = (lambda *a: print(*a, flush=True)) if master else (lambda *a: None)
     out_dir = Path(cfg.out_dir)
-    folder = Path(cfg.dataset) if Path(cfg.dataset).is_dir() else Path(__file__).resolve().parent / "data" / cfg.dataset
+    folder = dataset_folder(cfg.dataset)
     train_tokens, val_tokens, meta = load_dataset(folder)
     cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
     dtype, compiled, why = choose_precision(cfg, device)

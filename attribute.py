@@ -1,0 +1,831 @@
+"""Which training text does a prediction rest on? Influence of training tokens, documents and sources, exact for the prototype head.
+
+    python attribute.py index                                           one pass over the training windows of out/ -> out/attribution/
+    python attribute.py query --prompt="Return the number of"           the model goes on by itself; each new token is attributed
+    python attribute.py query --prompt="Return the" --target=" number" --level=token --hessian=full --json
+    python attribute.py explain --prompt="Return the number of"         the ledger: logit = residual + slices
+    python attribute.py cards --search=deprecated                       prototype cards
+    python attribute.py report                                          out/report.html
+    torchrun --standalone --nproc_per_node=8 attribute.py index         the same pass, shared out
+
+The mathematics. Hold gates a and residuals at the checkpoint. Then logits are linear in the prototypes P, and the training loss
+over P is multinomial logistic regression with sparse features. With pi_s = softmax(logits_s), m_s = W^T pi_s:
+
+    g_s = W[y_s] - m_s                                                  error vector; -dCE_s/dp_i = a_si g_s
+    C_s = W^T (diag pi_s - pi_s pi_s^T) W                               d2CE_s / dp_i dp_j = a_si a_sj C_s
+    H_i = W^T diag(sum_s a_si^2 pi_s) W - sum_s a_si^2 m_s m_s^T + mu I the exact diagonal block of the Hessian, (d, d)
+    I(s, t) = sum_i a_si a_ti g_s^T H_i^-1 g_t                          score of training token s for target token t, in nats:
+                                                                        what removing s adds to t's loss, to first order
+
+Scores are linear in s and in t: those of documents, sources and longer targets are sums. From Python:
+Index("out").query("Return the number of", level="document") returns an Answer, which shows itself in a notebook.
+"""
+import base64
+import html
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_tokenizer, parse_config, pick_device,
+                   run_main, set_up_ranks, window_starts)
+
+FORMAT = 1
+CHUNK = 2048  # postings or sites read at a time: their error vectors stay in the cache
+
+
+# ----------------------------------------------------------------------------- configuration, a dataclass a subcommand
+
+@dataclass
+class IndexConfig:
+    out_dir: str = "out"      # the run; its ckpt.pt is indexed
+    mu: float = 0.1           # damping: mu I is added to each block
+    max_tokens: int = 0       # index a random sample of windows of this many tokens; 0 takes all
+    cap: int = 0              # postings kept a prototype, about, drawn at random and weighted up; 0 keeps all
+    rank: int = 0             # directions kept of each error vector; 0 keeps all
+    seed: int = 1337          # of max_tokens' and cap's draws
+    dry_run: bool = False     # say what time, memory and disk it will take, and stop
+    device: str = "auto"      # auto, cpu, cuda or mps
+
+
+@dataclass
+class QueryConfig:
+    out_dir: str = "out"      # the run, indexed before
+    prompt: str = ""          # the text that the prediction follows
+    target: str = ""          # the text whose loss is explained; without it the model goes on by itself
+    queries: str = ""         # a file of many: one {"prompt": ..., "target": ...} a line; they share the reading
+    max_new_tokens: int = 4   # length of the model's own continuation
+    level: str = "document"   # token, document or source
+    top: int = 10             # proponents and opponents shown
+    hessian: str = "block"    # block, full (joint, by conjugate gradients: slow) or none (gradient products, no nats)
+    json: bool = False        # print JSON
+    device: str = "auto"      # auto, cpu, cuda or mps
+
+
+@dataclass
+class ExplainConfig:
+    out_dir: str = "out"      # the run
+    prompt: str = ""          # its tokens' logits are explained, and the likeliest next token's
+    top: int = 4              # slices shown a token
+    device: str = "auto"      # auto, cpu, cuda or mps
+
+
+@dataclass
+class CardsConfig:
+    out_dir: str = "out"      # the run, indexed before
+    search: str = ""          # a regular expression over label, tokens and contexts
+    proto: str = ""           # prototypes by number: 3,17
+    sort: str = "density"     # density, gate, id or label
+    top: int = 10             # cards shown; 0 shows all
+    device: str = "auto"      # auto, cpu, cuda or mps
+
+
+@dataclass
+class ReportConfig:
+    out_dir: str = "out"      # the run; written: out_dir/report.html
+    prompt: str = ""          # a text of your own in the explorer; without it the first words of a held-out document
+    max_new_tokens: int = 12  # length of the model's continuation of it
+    device: str = "auto"      # auto, cpu, cuda or mps
+
+
+# ----------------------------------------------------------------------------- the mathematics, on tensors
+
+@torch.no_grad()
+def records(model, idx, targets):
+    """idx, targets (B, T) -> ids (N, k), gates (N, k), errors g (N, d), pi (N, V), m (N, d), loss (N,); N = B T tokens."""
+    W = model.transformer.wte.weight
+    z, y = model.hidden(idx).flatten(0, 1), targets.flatten()
+    mix = model.mixture(z)
+    pi, loss = z.new_empty(len(z), len(W)), z.new_empty(len(z))
+    rows = max(64, 2 ** 21 // len(W))  # a chunk of logits stays in the cache
+    for i in range(0, len(z), rows):
+        logp = (z[i:i + rows] @ W.T).log_softmax(1)
+        loss[i:i + rows] = -logp.gather(1, y[i:i + rows, None])[:, 0]
+        torch.exp(logp, out=pi[i:i + rows])
+    m = pi @ W
+    return mix.ids, mix.gates, W[y] - m, pi, m, loss
+
+
+class Curvature:
+    """The two sums from which the blocks are made: D_i = sum_s a_si^2 pi_s (M, V) and S_i = sum_s a_si^2 m_s m_s^T (M, d, d)."""
+
+    def __init__(self, W, n_proto):
+        self.W = W.detach()
+        self.D, self.S = W.new_zeros(n_proto, W.size(0)), W.new_zeros(n_proto, W.size(1), W.size(1))
+
+    def add(self, ids, gates, pi, m):
+        """N tokens: ids, gates (N, k), pi (N, V), m (N, d). Cost N k (V + d^2), sparse in the prototypes."""
+        flat, order = ids.flatten().sort(stable=True)
+        tokens, a = order // ids.size(1), gates.flatten()[order]
+        first = torch.searchsorted(flat, torch.arange(len(self.D) + 1, device=flat.device))
+        self.D += F.embedding_bag(tokens, pi, first[:-1], per_sample_weights=a * a, mode="sum")
+        x = m[tokens] * a[:, None]
+        first = first.tolist()
+        for i in flat.unique().tolist():
+            xi = x[first[i]:first[i + 1]]
+            self.S[i].addmm_(xi.T, xi)
+
+    def block(self, i, mu, weight=1.0):
+        """H_i (d, d), of sums that stand for `weight` times their tokens."""
+        H = weight * ((self.W.T * self.D[i]) @ self.W - self.S[i])
+        return (H + H.T) / 2 + mu * torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+
+def curvature_product(W, ids, gates, pi, v):
+    """The joint Hessian of N tokens times v (Q, M, d) -> (Q, M, d), without mu: A v, times W, softmax Jacobian, and back."""
+    out = torch.zeros_like(v)
+    for q in range(len(v)):
+        x = F.embedding_bag(ids, v[q], per_sample_weights=gates, mode="sum")                  # (N, d) sum_j a_sj v_j
+        l = x @ W.T                                                                           # (N, V)
+        l = pi * (l - (pi * l).sum(1, keepdim=True))
+        x = l @ W                                                                             # (N, d) C_s x_s
+        out[q].index_add_(0, ids.flatten(), (gates[:, :, None] * x[:, None]).flatten(0, 1))
+    return out
+
+
+def conjugate_gradients(product, b, precondition, tol=1e-3, max_iters=100, tell=lambda i, r: None):
+    """Solves product(x) = b for every b[q]; b (Q, M, d). -> x, the largest relative residual, iterations."""
+    def dot(u, w):
+        return (u * w).flatten(1).sum(1)[:, None, None]
+    x, r = torch.zeros_like(b), b.clone()
+    z = p = precondition(r)
+    rz, size = dot(r, z), dot(b, b).clamp(min=1e-30)
+    for i in range(1, max_iters + 1):
+        Hp = product(p)
+        step = rz / dot(p, Hp).clamp(min=1e-30)
+        x, r = x + step * p, r - step * Hp
+        worst = (dot(r, r) / size).max().sqrt().item()
+        tell(i, worst)
+        if worst < tol:
+            break
+        z = precondition(r)
+        new = dot(r, z)
+        p, rz = z + new / rz.clamp(min=1e-30) * p, new
+    return x, worst, i
+
+
+# ----------------------------------------------------------------------------- the run and its text
+
+def seen_windows(ckpt, n_tokens):
+    """First tokens, in corpus order, of the last whole epoch that training read before the checkpoint (of all that it
+    read, if that is less than one): the very windows that it saw."""
+    c = ckpt["train_config"]
+    read = ckpt["step"] * c["total_batch_tokens"] // c["block_size"]
+    per_epoch = len(window_starts(n_tokens, c["block_size"], c["seed"], 0))
+    starts = window_starts(n_tokens, c["block_size"], c["seed"], max(0, read // per_epoch - 1))[:read]
+    if not len(starts):
+        raise UserError("this checkpoint has seen no training text (step 0); train it first: python train.py --resume")
+    return np.sort(starts)
+
+
+class Run:
+    """A run's model and the text that it was trained on: tokens, documents, tokenizer."""
+
+    def __init__(self, out_dir, device="auto"):
+        self.out_dir, self.device = Path(out_dir), pick_device(device)
+        self.model, self.ckpt = load_checkpoint(out_dir, self.device)
+        self.model.requires_grad_(False)
+        c = self.model.config
+        if not c.n_proto:
+            raise UserError(f"{out_dir} holds a dense model (n_proto = 0); attribution goes through prototypes")
+        if not {"train_config", "step", "data"} <= self.ckpt.keys():
+            raise UserError(f"{out_dir}/ckpt.pt does not say what it was trained on; train it with train.py")
+        self.tokenizer = load_tokenizer(out_dir)
+        self.hash, self.T = fingerprint(self.model.state_dict()), c.block_size
+        folder = dataset_folder(self.ckpt["train_config"]["dataset"])
+        self.tokens, self.val, self.meta = load_dataset(folder)
+        if self.ckpt["data"] != self.meta["sha256"]["train.bin"]:
+            raise UserError(f"{out_dir} was trained on another version of {folder}; prepare that one again, or train anew")
+        try:
+            docs = json.loads((folder / "docs.json").read_text("utf-8"))
+            rows = [x for x in docs if x["split"] == "train"]
+            self.val_docs = [x for x in docs if x["split"] == "val"]
+            self.doc_start = np.array([x["start"] for x in rows], np.int64)
+            self.titles, self.source_of = [str(x["title"]) for x in rows], [str(x["source"]) for x in rows]
+            ok = len(rows) and self.doc_start[0] == 0 and (np.diff(self.doc_start) > 0).all() and self.doc_start[-1] < len(self.tokens)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder}/docs.json is missing or damaged ({type(e).__name__}: {e}); run: python data/prepare.py") from None
+        if not ok:
+            raise UserError(f"{folder}/docs.json does not fit train.bin; run: python data/prepare.py")
+        self.sources = sorted(set(self.source_of))
+        number = {s: i for i, s in enumerate(self.sources)}
+        self.doc_source = np.array([number[s] for s in self.source_of])
+
+    def windows(self, starts):
+        """-> idx, targets (len(starts), T) on the device."""
+        raw = torch.from_numpy(np.stack([self.tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)).to(self.device)
+        return raw[:, :-1], raw[:, 1:]
+
+    def decode(self, tokens):
+        return self.tokenizer.decode([int(t) for t in tokens])
+
+    def encode(self, prompt, target=None):
+        """-> token ids (list), how many of them are the prompt's. Raises UserError for what cannot be one sequence."""
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one character: --prompt=\"The\"")
+        ids = self.tokenizer.encode_ordinary(prompt)
+        if target is not None:
+            if not target:
+                raise UserError("the target is empty; give at least one character, or leave it out")
+            whole, n = self.tokenizer.encode_ordinary(prompt + target), len(ids)
+            if whole[:n] != ids:
+                joint = next(i for i, t in enumerate(whole) if i >= n or t != ids[i])
+                piece = self.decode(whole[joint:joint + 1])
+                raise UserError(f"the tokenizer joins the end of the prompt and the start of the target in one token, {piece!r}; move the "
+                                "boundary: a space belongs to the word behind it, --prompt=\"The\" --target=\" cat\"")
+            ids = whole
+        else:
+            n = len(ids)
+        if len(ids) - (target is not None) > self.T:
+            raise UserError(f"prompt and target have {len(ids)} tokens, the context holds block_size = {self.T}; shorten the prompt")
+        return ids, n
+
+    def documents_of(self, positions):
+        """Numbers of the documents that hold these token positions."""
+        return np.searchsorted(self.doc_start, positions, side="right") - 1
+
+    def around(self, position, before=16, after=8):
+        """The text around a training token -> (before, token, after), within its document."""
+        d = int(self.documents_of(position))
+        lo, hi = self.doc_start[d], self.doc_start[d + 1] if d + 1 < len(self.doc_start) else len(self.tokens)
+        cut = max(lo, position - before), position, position + 1, min(hi, position + 1 + after)
+        return tuple(self.decode(self.tokens[a:b]) for a, b in zip(cut, cut[1:]))
+
+
+# ----------------------------------------------------------------------------- index: one streaming pass
+
+def site_type(n):
+    return np.uint32 if n < 2 ** 32 else np.uint64
+
+
+def layout(meta):
+    """-> {file: (dtype, shape)} of an index."""
+    N, P, M, k, d, r = (meta[x] for x in ("sites", "postings", "n_proto", "top_k", "n_embd", "rank"))
+    small = np.uint16 if M <= 2 ** 16 else np.uint32
+    return {"positions": (np.int64, (N,)), "ids": (small, (N, k)), "gates": (np.float16, (N, k)), "errors": (np.float16, (N, r)),
+            "post_sites": (site_type(N), (P,)), "post_gates": (np.float16, (P,)), "post_start": (np.int64, (M + 1,)),
+            "weights": (np.float32, (M,)), "basis": (np.float32, (d, r)), "factors": (np.float32, (M, d, d))}
+
+
+SITE_FILES = "positions", "ids", "gates", "errors"
+
+
+class Builder:
+    """Streams a run's windows into files of site records and the two sums of Curvature; goes on where it was interrupted."""
+
+    def __init__(self, run, cfg, rank=0, ranks=1):
+        self.run, self.cfg, self.rank, self.ranks = run, cfg, rank, ranks
+        c = run.model.config
+        for name in ("max_tokens", "cap", "rank"):
+            if getattr(cfg, name) < 0:
+                raise UserError(f"{name} is {getattr(cfg, name)}, expected at least 0")
+        if cfg.rank > c.n_embd or not 0 < cfg.mu < math.inf:
+            raise UserError(f"rank is {cfg.rank}, expected at most n_embd = {c.n_embd}; mu is {cfg.mu}, expected above 0")
+        all_starts = seen_windows(run.ckpt, len(run.tokens))
+        keep = min(len(all_starts), -(-cfg.max_tokens // run.T) or len(all_starts))
+        draw = np.random.default_rng(cfg.seed).permutation(len(all_starts))
+        self.starts, self.pilot = np.sort(all_starts[draw[:keep]]), all_starts[draw[:max(1, min(keep, 2 ** 15 // run.T))]]
+        self.window_weight = len(all_starts) / keep
+        self.W = run.model.transformer.wte.weight
+        self.rows = max(1, min(2 ** 13, 2 ** 25 // c.vocab_size) // run.T)  # windows a batch: its softmax is at most 128 MB
+        self.key = dict(format=FORMAT, checkpoint=run.hash, data=run.meta["sha256"]["train.bin"], mu=cfg.mu, max_tokens=cfg.max_tokens,
+                        cap=cfg.cap, rank=cfg.rank or c.n_embd, seed=cfg.seed)
+        self.folder = run.out_dir / "attribution.part"
+        self.keep_p, self.basis = self._pilot()
+
+    def _pilot(self):
+        """From a sample: the share of postings to keep a prototype (M,), and the basis (d, r) of the error vectors that holds most
+        of their energy. Fixed before the pass, so that what is drawn with them is unbiased."""
+        c, n = self.run.model.config, len(self.starts) * self.run.T
+        if not self.cfg.cap and not self.cfg.rank:
+            return None, None
+        count, moment = torch.zeros(c.n_proto), torch.zeros(c.n_embd, c.n_embd, dtype=torch.float64)
+        for i in range(0, len(self.pilot), self.rows):
+            ids, gates, g, _, _, _ = (u.cpu() for u in records(self.run.model, *self.run.windows(self.pilot[i:i + self.rows])))
+            count += torch.bincount(ids[gates > 0], minlength=c.n_proto)
+            moment += g.double().T @ g.double()
+        expect = (count + 1) * n / (len(self.pilot) * self.run.T)
+        basis = torch.linalg.eigh(moment).eigenvectors[:, -self.cfg.rank:].float() if self.cfg.rank else None
+        return (self.cfg.cap / expect).clamp(max=1.0) if self.cfg.cap else None, basis
+
+    def batch(self, starts, curvature):
+        """One batch of windows into the sums -> what is written of it, arrays by name of file."""
+        run = self.run
+        ids, gates, g, pi, m, _ = records(run.model, *run.windows(starts))
+        curvature.add(ids, gates, pi, m)
+        positions = (starts[:, None] + 1 + np.arange(run.T)).ravel()  # of the token that is predicted
+        ids, gates, g = ids.cpu(), gates.cpu(), g.cpu()
+        if self.keep_p is not None:  # drawn a window, so that batches and ranks do not matter
+            draw = np.concatenate([np.random.default_rng((self.cfg.seed, int(s))).random((run.T, ids.size(1)), np.float32) for s in starts])
+            gates = gates * (torch.from_numpy(draw) < self.keep_p[ids])
+            some = (gates > 0).any(1)
+            ids, gates, g, positions = ids[some], gates[some], g[some], positions[some.numpy()]
+        if self.basis is not None:
+            g = g @ self.basis
+        small = np.uint16 if run.model.config.n_proto <= 2 ** 16 else np.uint32
+        return {"positions": positions, "ids": ids.numpy().astype(small), "gates": gates.half().numpy(), "errors": g.half().numpy()}
+
+    def stream(self, show):
+        """The pass of this rank: windows share by share, written at once; the state every minute, so that it can go on."""
+        mine = self.starts[len(self.starts) * self.rank // self.ranks:len(self.starts) * (self.rank + 1) // self.ranks]
+        curvature, done, sizes = Curvature(self.W, self.run.model.config.n_proto), 0, dict.fromkeys(SITE_FILES, 0)
+        state, key = self.folder / f"state.{self.rank}.pt", self.key | {"ranks": self.ranks}
+        if state.exists():
+            try:
+                s = torch.load(state, weights_only=True)
+                if s["key"] == key:
+                    curvature.D.copy_(s["D"]), curvature.S.copy_(s["S"])
+                    done, sizes = s["done"], s["sizes"]
+            except Exception:  # damaged: begin again
+                pass
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = {n: open(self.folder / f"{n}.{self.rank}", "ab") for n in SITE_FILES}
+        for n, f in files.items():
+            if f.tell() < sizes[n]:
+                done, sizes = 0, dict.fromkeys(SITE_FILES, 0)
+                curvature.D.zero_(), curvature.S.zero_()
+        for n, f in files.items():
+            f.truncate(sizes[n])
+
+        def save():
+            for n, f in files.items():
+                f.flush()
+                os.fsync(f.fileno())
+                sizes[n] = f.tell()
+            with atomic(state) as f:
+                torch.save(dict(key=key, D=curvature.D, S=curvature.S, done=done, sizes=sizes), f)
+        bar = tqdm(total=len(mine) * self.run.T, initial=done * self.run.T, unit="token", unit_scale=True, disable=not show or not sys.stderr.isatty())
+        saved = told = time.perf_counter()
+        cost = 0.0
+        while done < len(mine):
+            part = mine[done:done + self.rows]
+            for n, a in self.batch(part, curvature).items():
+                files[n].write(np.ascontiguousarray(a).tobytes())
+            done += len(part)
+            bar.update(len(part) * self.run.T)
+            now = time.perf_counter()
+            if bar.disable and show and now - told > 15:
+                print(f"{done * self.run.T:,} of {len(mine) * self.run.T:,} tokens", flush=True)
+                told = now
+            if now - saved > max(60.0, 20 * cost):
+                save()
+                saved, cost = time.perf_counter(), time.perf_counter() - now
+        bar.close()
+        save()
+        for f in files.values():
+            f.close()
+        return curvature
+
+    def finish(self, curvature, show):
+        """Sums over ranks, files joined, posting lists, factors, meta.json; then the new index takes the old one's place."""
+        c, folder, cfg = self.run.model.config, self.folder, self.cfg
+        if self.ranks > 1:
+            import torch.distributed as dist
+            for u in (curvature.D, curvature.S):
+                dist.all_reduce(u)
+        if self.rank == 0:
+            for n in SITE_FILES:
+                with atomic(folder / f"{n}.bin") as f:
+                    for r in range(self.ranks):
+                        with open(folder / f"{n}.{r}", "rb") as part:
+                            shutil.copyfileobj(part, f, 2 ** 24)
+            N = (folder / "positions.bin").stat().st_size // 8
+            meta = self.key | dict(sites=N, postings=0, n_proto=c.n_proto, top_k=c.top_k, n_embd=c.n_embd, block_size=self.run.T,
+                                   windows=len(self.starts), window_weight=self.window_weight)
+            meta["postings"] = self._postings(meta)
+            weights = torch.full((c.n_proto,), self.window_weight) / (1.0 if self.keep_p is None else self.keep_p)
+            for n, a in (("weights", weights), ("basis", torch.eye(c.n_embd) if self.basis is None else self.basis)):
+                (folder / f"{n}.bin").write_bytes(a.numpy().astype(np.float32).tobytes())
+            np.memmap(folder / "factors.bin", np.float32, "w+", shape=(c.n_proto, c.n_embd, c.n_embd)).flush()
+        if self.ranks > 1:
+            dist.barrier()
+        factors = np.memmap(folder / "factors.bin", np.float32, "r+", shape=(c.n_proto, c.n_embd, c.n_embd))
+        for i in tqdm(range(self.rank, c.n_proto, self.ranks), unit="block", disable=not show or not sys.stderr.isatty()):
+            factors[i] = torch.linalg.cholesky(curvature.block(i, cfg.mu, self.window_weight).double()).float().cpu().numpy()
+        factors.flush()
+        if self.ranks > 1:
+            dist.barrier()
+        if self.rank == 0:
+            for path in folder.iterdir():
+                if path.suffix != ".bin":
+                    path.unlink()
+            with atomic(folder / "meta.json", "w") as f:
+                json.dump(meta, f, indent=1)
+            final, old = self.run.out_dir / "attribution", self.run.out_dir / "attribution.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                final.rename(old)
+            folder.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _postings(self, meta):
+        """Counting sort of (prototype, site) in two passes over the site records, chunk by chunk -> how many there are."""
+        files, M = layout(meta), meta["n_proto"]
+        ids, gates = (np.memmap(self.folder / f"{n}.bin", *files[n][:1], "r", shape=files[n][1]) for n in ("ids", "gates"))
+        step = 2 ** 18
+        count = sum((np.bincount(ids[i:i + step][gates[i:i + step] > 0], minlength=M) for i in range(0, len(ids), step)), np.zeros(M, np.int64))
+        start = np.concatenate(([0], count.cumsum())).astype(np.int64)
+        out = [np.memmap(self.folder / f"{n}.bin", files[n][0], "w+", shape=(max(1, start[-1]),)) for n in ("post_sites", "post_gates")]
+        at = start[:-1].copy()
+        for i in range(0, len(ids), step):
+            site, slot = np.nonzero(gates[i:i + step] > 0)
+            protos = ids[i:i + step][site, slot]
+            order = np.argsort(protos, kind="stable")
+            protos, n = protos[order], np.bincount(protos, minlength=M)
+            where = np.arange(len(order)) - np.repeat(n.cumsum() - n, n) + np.repeat(at, n)
+            out[0][where], out[1][where] = site[order] + i, gates[i:i + step][site, slot][order]
+            at += n
+        for u in out:
+            u.flush()
+        (self.folder / "post_start.bin").write_bytes(start.tobytes())
+        return int(start[-1])
+
+    def estimate(self):
+        """Times a few batches -> seconds, bytes of memory at the peak, bytes on disk."""
+        c, N = self.run.model.config, len(self.starts) * self.run.T
+        curvature = Curvature(self.W, c.n_proto)
+        times, kept = [], 0
+        for i in range(4):
+            part, t0 = self.pilot[i * self.rows:(i + 1) * self.rows], time.perf_counter()
+            if len(part):
+                out = self.batch(part, curvature)
+                times.append((time.perf_counter() - t0) / len(part))
+                kept = len(out["positions"]) / (len(part) * self.run.T)
+        t0 = time.perf_counter()
+        blocks = min(8, c.n_proto)
+        for i in range(blocks):
+            torch.linalg.cholesky(curvature.block(i, self.cfg.mu).double())
+        per_block = (time.perf_counter() - t0) / blocks
+        meta = dict(sites=int(N * kept), postings=int(min(N * c.top_k, (self.cfg.cap or N * c.top_k) * c.n_proto)), n_proto=c.n_proto,
+                    top_k=c.top_k, n_embd=c.n_embd, rank=self.key["rank"])
+        disk = sum(np.dtype(t).itemsize * math.prod(shape) for t, shape in layout(meta).values())
+        seconds = (sorted(times)[len(times) // 2] * len(self.starts) + per_block * c.n_proto) / self.ranks
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return seconds, memory, disk
+
+
+def index(argv):
+    cfg = parse_config(IndexConfig, argv)
+    rank, ranks, device = set_up_ranks(cfg.device)
+    run = Run(cfg.out_dir, str(device))
+    show = rank == 0
+    builder = Builder(run, cfg, rank, ranks)
+    n = len(builder.starts) * run.T
+    if show:
+        print(f"{n:,} training tokens in {len(builder.starts):,} windows, weight {builder.window_weight:.3g}; {run.model.config.n_proto} prototypes; "
+              f"mu {cfg.mu:g}; {ranks} rank{'s' * (ranks > 1)}, {device}", flush=True)
+    if cfg.dry_run:
+        seconds, memory, disk = builder.estimate()
+        if show:
+            print(f"will take about {seconds:.0f} s, {memory / 2**20:,.0f} MB of memory a rank, {disk / 2**20:,.0f} MB of disk ({disk / n:.0f} bytes a token)")
+        return
+    final = run.out_dir / "attribution"
+    try:
+        if all(json.loads((final / "meta.json").read_text("utf-8")).get(k) == v for k, v in builder.key.items()):
+            if show:
+                print(f"{final} is this index already")
+            return
+    except (OSError, ValueError, AttributeError):
+        pass
+    t0 = time.perf_counter()
+    try:
+        builder.finish(builder.stream(show), show)
+    except OSError as e:
+        raise UserError(f"{builder.folder} could not be written ({e}); an earlier index is untouched. Free some space, then run the same "
+                        "command again: it goes on where it stopped; --dry_run says what it needs") from None
+    if show:
+        size = sum(p.stat().st_size for p in final.iterdir())
+        print(f"{final}: {size / 2**20:,.0f} MB in {time.perf_counter() - t0:.0f} s. Next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")
+    if ranks > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------- query
+
+@dataclass
+class Targets:
+    """The tokens that are explained: Q of them."""
+    tokens: list          # their ids
+    ids: torch.Tensor     # (Q, k) prototypes
+    gates: torch.Tensor   # (Q, k)
+    errors: torch.Tensor  # (Q, d) g_t
+    loss: torch.Tensor    # (Q,) nats
+
+
+@dataclass
+class Answer:
+    """What one query found. Scores are nats of the target's loss: what removing the training text would add to it, to first order."""
+    prompt: str
+    target: str            # the text whose loss is explained
+    loss: float            # nats, the sum over its tokens
+    level: str             # token, document or source
+    hessian: str           # block, full or none (then scores are gradient products, not nats)
+    scores: np.ndarray     # (units,) float64: of every indexed token (see Index.positions), document or source
+    proponents: list       # the largest scores: dicts of score, document, source, offset (tokens into it), text, prototypes
+    opponents: list        # the smallest ones
+    tokens: list = field(default_factory=list)  # the same for each token of the target: dicts of target, loss, proponents, opponents
+
+    def as_dict(self):
+        return {n: getattr(self, n) for n in ("prompt", "target", "loss", "level", "hessian", "proponents", "opponents", "tokens")}
+
+    def __str__(self):
+        unit = "nats" if self.hessian != "none" else "gradient product"
+        lines = [f"{self.prompt!r} -> {self.target!r}: loss {self.loss:.3f} nats; {self.level}s by {unit} ({self.hessian})"]
+        for name, sign in (("proponents", "+"), ("opponents", "-")):
+            lines += [f"{name}:"] + [f"  {e['score']:+10.5f}  {entry_line(e)}" for e in getattr(self, name)] or [f"  none with {sign}"]
+        return "\n".join(lines)
+
+    def _repr_html_(self):
+        """For notebooks; training text is escaped."""
+        def rows(entries):
+            return "".join(f"<tr><td style='text-align:right'>{e['score']:+.5f}</td><td>{html.escape(e['document'])}</td><td style='text-align:left'>"
+                           f"{html.escape(e['text'])}</td><td>{', '.join(f'{i} ({s:.0%})' for i, s in e['prototypes'])}</td></tr>" for e in entries)
+        head = "<tr><th>nats</th><th>document</th><th>text</th><th>prototypes</th></tr>"
+        return (f"<p><code>{html.escape(self.prompt)}</code> &rarr; <code>{html.escape(self.target)}</code>, loss {self.loss:.3f} nats</p>"
+                f"<table>{head}{rows(self.proponents)}{rows(self.opponents)}</table>")
+
+
+def entry_line(e):
+    place = e["source"] if e["document"] is None else f"{e['source']}, {e['document']}, token {e['offset']}"
+    return f"{place}: {e['text']!r} via {', '.join(f'{i} ({s:.0%})' for i, s in e['prototypes'][:3])}"
+
+
+def again(out_dir):
+    return f"run: python attribute.py index --out_dir={out_dir}"
+
+
+class Index:
+    """An index on disk, memory-mapped. positions (N,): the training token that each indexed site predicts.
+
+    Raises UserError where there is none, where it is damaged, or where it was made for other weights or data.
+    """
+
+    def __init__(self, out_dir="out", device="auto"):
+        self.run = run = Run(out_dir, device)
+        self.folder = folder = run.out_dir / "attribution"
+        try:
+            self.meta = meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            files = layout(meta)
+            stale = [n for n, v in (("format", FORMAT), ("checkpoint", run.hash), ("data", run.meta["sha256"]["train.bin"])) if meta[n] != v]
+        except FileNotFoundError:
+            raise UserError(f"no index in {folder}; {again(out_dir)}") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}); {again(out_dir)}") from None
+        if stale:
+            raise UserError(f"{folder} was made for another {' and '.join(stale)}; {again(out_dir)}")
+        for name, (dtype, shape) in files.items():
+            path, want = folder / f"{name}.bin", np.dtype(dtype).itemsize * math.prod(shape)
+            size = path.stat().st_size if path.exists() else -1
+            if size != want and not (want == 0 and size >= 0):
+                raise UserError(f"{path} is {'missing' if size < 0 else f'{size} bytes'}, expected {want}; remove {folder}, then {again(out_dir)}")
+            setattr(self, name, np.memmap(path, dtype, "c", shape=shape) if want else np.zeros(shape, dtype))  # "c": torch wants it writable
+        self.weights, self.post_start, self.basis = np.array(self.weights), np.array(self.post_start), torch.from_numpy(np.array(self.basis))
+        starts = self.post_start
+        if starts[0] != 0 or starts[-1] != meta["postings"] or (np.diff(starts) < 0).any():
+            raise UserError(f"{folder}/post_start.bin is damaged; remove {folder}, then {again(out_dir)}")
+        self.errors_t = torch.from_numpy(self.errors)
+        self.W = run.model.transformer.wte.weight
+        self.site_doc = run.documents_of(self.positions).astype(np.int32)  # sites are in corpus order: documents are contiguous
+        self.units = {"token": meta["sites"], "document": len(run.titles), "source": len(run.sources)}
+
+    # -- targets and their vectors
+
+    def targets(self, ids, n_prompt):
+        """The tokens ids[n_prompt:], each predicted from all before it -> Targets."""
+        idx = torch.tensor([ids], device=self.run.device)
+        i, a, g, _, _, loss = (u[n_prompt - 1:].cpu() for u in records(self.run.model, idx[:, :-1], idx[:, 1:]))
+        return Targets(ids[n_prompt:], i, a, g, loss)
+
+    def solve(self, t, hessian="block"):
+        """u_j = weight_j a_tj H_j^-1 g_t for each prototype of each target -> (Q, k, r), in the stored basis."""
+        u = t.gates[:, :, None] * t.errors[:, None]                                            # (Q, k, d)
+        if hessian == "block":
+            for i in t.ids[t.gates > 0].unique().tolist():
+                here = (t.ids == i) & (t.gates > 0)
+                u[here] = torch.cholesky_solve(u[here].T, torch.from_numpy(self.factors[i])).T
+        return (u * torch.from_numpy(self.weights)[t.ids][:, :, None]) @ self.basis
+
+    def solve_full(self, t, tol=1e-3, tell=lambda i, r: None):
+        """H^-1 b over all prototypes, b_i = a_ti g_t: conjugate gradients with the blocks as preconditioner; one pass over the
+        indexed windows an iteration -> x (Q, M, r) in the stored basis, relative residual, iterations."""
+        run, M, device = self.run, self.meta["n_proto"], self.run.device
+        b = torch.zeros(len(t.ids), M, self.meta["n_embd"])
+        b.scatter_(1, t.ids[:, :, None].expand(-1, -1, b.size(2)), t.gates[:, :, None] * t.errors[:, None])
+        all_starts = seen_windows(run.ckpt, len(run.tokens))
+        draw = np.random.default_rng(self.meta["seed"]).permutation(len(all_starts))
+        starts = np.sort(all_starts[draw[:self.meta["windows"]]])
+        rows = max(1, min(2 ** 12, 2 ** 24 // len(self.W)) // run.T)
+
+        def product(v):
+            v, out = v.to(device), torch.zeros_like(v, device=device)
+            for i in range(0, len(starts), rows):
+                ids, gates, _, pi, _, _ = records(run.model, *run.windows(starts[i:i + rows]))
+                out += curvature_product(self.W, ids, gates, pi, v)
+            return (out * self.meta["window_weight"] + self.meta["mu"] * v).cpu()
+
+        def precondition(r):
+            return torch.stack([torch.cholesky_solve(r[:, i].T, torch.from_numpy(self.factors[i])).T for i in range(M)], 1)
+        x, residual, iterations = conjugate_gradients(product, b, precondition, tol, tell=tell)
+        return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis, residual, iterations
+
+    # -- reading
+
+    def add(self, out, level, sites, scores):
+        """Adds the scores (n, c) of sites (n,), in ascending order, to out (c, units)."""
+        if level == "token":
+            for row, column in zip(out, scores.T):
+                row[sites] += column
+            return
+        doc = self.site_doc[sites]
+        first = np.concatenate(([0], np.flatnonzero(np.diff(doc)) + 1))
+        sums, doc = np.add.reduceat(scores.astype(np.float64), first, axis=0).T, doc[first]    # (c, documents here)
+        for row, values in zip(out, sums):
+            if level == "document":
+                row[doc] += values
+            else:
+                row += np.bincount(self.run.doc_source[doc], values, len(row))
+
+    def scan(self, t, u, level):
+        """Reads the posting list of each prototype that a target uses once, for all targets: one matrix product a chunk.
+        u (Q, k, r) of solve() -> (Q, units) float64."""
+        out = np.zeros((len(t.ids), self.units[level]))
+        ids, used = t.ids.numpy(), (t.gates > 0).numpy()
+        for i in np.unique(ids[used]):
+            q, j = np.nonzero((ids == i) & used)
+            v, mine = u[q, j].T.contiguous(), np.zeros((len(q), out.shape[1])) if len(q) > 1 else out[q[0]:q[0] + 1]
+            for lo in range(self.post_start[i], self.post_start[i + 1], CHUNK):
+                hi = min(lo + CHUNK, self.post_start[i + 1])
+                sites = self.post_sites[lo:hi].astype(np.int64)
+                e = self.errors_t[torch.from_numpy(sites)].float()                             # (n, r) g_s
+                self.add(mine, level, sites, (e @ v).numpy() * self.post_gates[lo:hi, None].astype(np.float32))
+            if len(q) > 1:
+                out[q] += mine                                                                 # a target names a prototype once
+        return out
+
+    def scan_all(self, x, level):
+        """Every site against x (Q, M, r): sum_j a_sj x_j . g_s -> (Q, units) float64."""
+        out = np.zeros((len(x), self.units[level]))
+        for lo in range(0, self.meta["sites"], CHUNK):
+            ids, gates = (torch.from_numpy(a[lo:lo + CHUNK].astype(b)) for a, b in ((self.ids, np.int64), (self.gates, np.float32)))
+            e = self.errors_t[lo:lo + CHUNK].float()
+            s = torch.stack([(F.embedding_bag(ids, xq, per_sample_weights=gates, mode="sum") * e).sum(1) for xq in x], 1)
+            self.add(out, level, np.arange(lo, lo + len(ids)), s.numpy())
+        return out
+
+    def carriers(self, x, sites):
+        """For sites (n,) and one target's x (M, r): the score of each site (n,) and of each prototype (M,), float64."""
+        of_site, of_proto, live = np.zeros(len(sites)), np.zeros(len(x)), x.any(1).numpy()
+        for lo in range(0, len(sites), CHUNK):
+            at = sites[lo:lo + CHUNK]
+            ids, e = self.ids[at], torch.from_numpy(self.errors[at].astype(np.float32))
+            n, j = np.nonzero(live[ids])
+            protos = ids[n, j].astype(np.int64)
+            s = (e[n] * x[protos]).sum(1).double().numpy() * self.gates[at][n, j]
+            of_site[lo:lo + CHUNK] = np.bincount(n, s, len(at))
+            of_proto += np.bincount(protos, s, len(x))
+        return of_site, of_proto
+
+    # -- answers
+
+    def entry(self, level, unit, score, x):
+        """One line of an answer: where the unit is, its strongest token, and the prototypes that carry it, as shares of its score
+        (of units with more than 2^15 tokens, by an even sample of them)."""
+        run = self.run
+        sites = np.array([unit]) if level == "token" else np.arange(*np.searchsorted(self.site_doc, [unit, unit + 1])) if level == "document" \
+            else np.flatnonzero(run.doc_source[self.site_doc] == unit)
+        of_site, of_proto = self.carriers(x, sites[::-(-len(sites) // 2 ** 15)])
+        best = sites[::-(-len(sites) // 2 ** 15)][(of_site * np.sign(score)).argmax()]
+        position, doc = int(self.positions[best]), int(self.site_doc[best])
+        shares = of_proto / (of_site.sum() or 1.0)
+        before, token, after = run.around(position)
+        return {"score": float(score), "document": run.titles[doc], "source": run.source_of[doc], "offset": position - int(run.doc_start[doc]),
+                "text": f"{before}«{token}»{after}", "parts": [before, token, after],
+                "prototypes": [[int(i), float(shares[i])] for i in np.argsort(-np.abs(shares))[:4] if shares[i]]}
+
+    def entries(self, level, scores, x, top):
+        """The `top` largest positive and smallest negative of scores (units,) -> {"proponents": [...], "opponents": [...]}"""
+        found, n = {}, min(top, len(scores))
+        for name, sign in (("proponents", 1), ("opponents", -1)):
+            best = np.argpartition(-sign * scores, n - 1)[:n]
+            best = best[np.argsort(-sign * scores[best], kind="stable")]
+            found[name] = [self.entry(level, int(i), scores[i], x) for i in best if sign * scores[i] > 0]
+        return found
+
+    def query(self, prompt, target=None, level="document", hessian="block", top=10, max_new_tokens=4, tell=lambda *a: None):
+        """Which training text raised or lowered the probability of `target` after `prompt`, by how many nats -> Answer.
+
+        prompt, target: str, or lists of as many (then a list of Answers; the postings are read once for all). Without a
+        target the model's own greedy continuation of max_new_tokens is explained. level: token, document or source.
+        hessian: block (exact diagonal blocks), full (joint, by conjugate gradients, to a relative residual of 1e-3) or
+        none. Raises UserError for text that cannot be read as prompt and target.
+        """
+        if level not in self.units or hessian not in ("block", "full", "none") or top < 1 or max_new_tokens < 1:
+            raise UserError(f"level={level}, hessian={hessian}, top={top}, max_new_tokens={max_new_tokens}: expected token, document or source; "
+                            "block, full or none; at least 1; at least 1")
+        if isinstance(prompt, str):
+            return self.query([prompt], [target], level, hessian, top, max_new_tokens, tell)[0]
+        every, run = [], self.run
+        for p, y in zip(prompt, target or [None] * len(prompt), strict=True):
+            ids, n = run.encode(p, y)
+            if y is None:
+                ids = run.model.generate(torch.tensor([ids], device=run.device), min(max_new_tokens, run.T + 1 - n), 0,
+                                         stop=run.tokenizer.eot_token, n_vocab=run.tokenizer.n_vocab)[0].tolist()
+            every.append((p, self.targets(ids, n)))
+        return self.answers(every, level, hessian, top, tell)
+
+    def answers(self, every, level="document", hessian="block", top=10, tell=lambda *a: None):
+        """every: a (prompt, Targets) a query -> a list of Answers."""
+        size = max(1, 2 ** 28 // (8 * self.units[level]))  # queries at a time: 256 MB of scores
+        if len(every) > size:
+            return [a for i in range(0, len(every), size) for a in self.answers(every[i:i + size], level, hessian, top, tell)]
+        t = Targets(sum((own.tokens for _, own in every), []), *(torch.cat([getattr(own, n) for _, own in every])
+                                                                  for n in ("ids", "gates", "errors", "loss")))
+        M, self.solved = self.meta["n_proto"], None
+        if hessian == "full":
+            x, *self.solved = self.solve_full(t, tell=tell)
+            scores = self.scan_all(x, level)
+        else:
+            u = self.solve(t, hessian)
+            scores = self.scan(t, u, level)
+            x = [torch.zeros(M, u.size(2)).index_put_((i,), v) for i, v in zip(t.ids, u)]
+        found, q = [], 0
+        for prompt, own in every:
+            mine, q = slice(q, q + len(own.tokens)), q + len(own.tokens)
+            tokens = [{"target": self.run.decode([y]), "loss": own.loss[i].item(), **self.entries(level, scores[mine][i], x[mine][i], top)}
+                      for i, y in enumerate(own.tokens)]
+            total = scores[mine].sum(0)
+            both = tokens[0] if len(tokens) == 1 else self.entries(level, total, sum(x[mine]), top)
+            found.append(Answer(prompt, self.run.decode(own.tokens), own.loss.sum().item(), level, hessian, total, both["proponents"],
+                                both["opponents"], tokens))
+        return found
+
+
+def query(argv):
+    cfg = parse_config(QueryConfig, argv)
+    prompts, targets = [cfg.prompt], [cfg.target or None]
+    if cfg.queries:
+        prompts, targets = [], []
+        for n, line in enumerate(Path(cfg.queries).read_text("utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                prompts.append(str(row["prompt"]))
+                targets.append(row.get("target"))
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise UserError(f"{cfg.queries}, line {n} is no query ({type(e).__name__}: {e}); expected {{\"prompt\": ..., \"target\": ...}}") from None
+    index = Index(cfg.out_dir, cfg.device)
+    tell = (lambda i, r: print(f"iteration {i}: relative residual {r:.1e}", file=sys.stderr, flush=True)) if cfg.hessian == "full" else lambda *a: None
+    answers = index.query(prompts, targets, cfg.level, cfg.hessian, cfg.top, cfg.max_new_tokens, tell)
+    if cfg.json:
+        out = [a.as_dict() for a in answers]
+        print(json.dumps(out if cfg.queries else out[0]))
+        return
+    for a in answers:
+        print(a)
+    if index.solved:
+        print("conjugate gradients: relative residual {:.1e} after {} iterations".format(*index.solved))
+
+
+def explain(argv):
+    cfg = parse_config(ExplainConfig, argv)
+    run = Run(cfg.out_dir, cfg.device)
+    ids, _ = run.encode(cfg.prompt)
+    idx = torch.tensor([ids], device=run.device)
+    following = torch.tensor([[*ids[1:], int(run.model(idx)[0].argmax())]], device=run.device)
+    e = run.model.explain(idx, following)
+    parts = e.contributions.double().sum(-1) + e.residual.double()
+    print(f"{'token':>16} {'logit':>9} = {'residual':>9} + {'slices':>9}   largest slices, prototype: share (gate)")
+    for t, y in enumerate(following[0].tolist()):
+        c, order = e.contributions[0, t], e.contributions[0, t].abs().argsort(descending=True)[:cfg.top].tolist()
+        print(f"{run.decode([y])!r:>16} {e.logit[0, t]:9.4f} = {e.residual[0, t]:9.4f} + {c.sum():9.4f}   "
+              + ", ".join(f"{e.prototypes[0, t, j]}: {c[j]:+.3f} ({e.gates[0, t, j]:.2f})" for j in order))
+    print(f"the last token is the model's choice; largest |residual + slices - logit|: {(parts - e.logit).abs().max():.1e} of "
+          f"logits up to {e.logit.abs().max():.1f}")
+
+
+COMMANDS = {"index": index, "query": query, "explain": explain}
+
+
+def main(argv):
+    if not argv or argv[0] not in COMMANDS:
+        print(__doc__)
+        if argv and argv[0] in ("-h", "--help"):
+            return
+        raise UserError(f"{'no command' if not argv else repr(argv[0])}; expected {', '.join(COMMANDS)}, each with --help")
+    COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    run_main(main)
