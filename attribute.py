@@ -43,7 +43,7 @@ from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoi
                    run_main, set_up_ranks, window_starts)
 
 FORMAT = 1
-CHUNK = 2048  # postings or sites read at a time: their error vectors stay in the cache
+CHUNK = 4096  # postings or sites read at a time: their error vectors stay in the cache
 
 
 # ----------------------------------------------------------------------------- configuration, a dataclass a subcommand
@@ -669,7 +669,7 @@ class Index:
             for lo in range(self.post_start[i], self.post_start[i + 1], CHUNK):
                 hi = min(lo + CHUNK, self.post_start[i + 1])
                 sites = self.post_sites[lo:hi].astype(np.int64)
-                e = self.errors_t[torch.from_numpy(sites)].float()                             # (n, r) g_s
+                e = self.errors_t.index_select(0, torch.from_numpy(sites)).float()             # (n, r) g_s
                 self.add(mine, level, sites, (e @ v).numpy() * self.post_gates[lo:hi, None].astype(np.float32))
             if len(q) > 1:
                 out[q] += mine                                                                 # a target names a prototype once
@@ -815,7 +815,187 @@ def explain(argv):
           f"logits up to {e.logit.abs().max():.1f}")
 
 
-COMMANDS = {"index": index, "query": query, "explain": explain}
+# ----------------------------------------------------------------------------- prototype cards
+
+WORD = re.compile(r"[^\W\d_]{2,}")
+
+
+class Cards:
+    """What each prototype stands for, read from an index. cards() -> dicts of the form that report.html shows."""
+
+    def __init__(self, index, before=6):
+        self.index, self.before = index, before
+        P, W = index.run.model.prototypes.cpu(), index.W.cpu()
+        n = index.run.tokenizer.n_vocab
+        logits = P @ (W[:n] - W[:n].mean(0)).T                                                 # (M, V) against the mean logit
+        self.raised, self.lowered = logits.topk(8, largest=True), logits.topk(8, largest=False)
+        unit = F.normalize(P, dim=1)
+        self.near = (unit @ unit.T).fill_diagonal_(-1).topk(min(5, len(P) - 1)) if len(P) > 1 else None
+        self.general = self.words(np.linspace(0, len(index.positions) - 1, min(len(index.positions), 20000)).astype(int))
+
+    def words(self, sites):
+        """How often each word occurs in what precedes and includes the tokens that these sites predict."""
+        run, count = self.index.run, Counter()
+        for p in self.index.positions[sites]:
+            count.update(w.lower() for w in WORD.findall(run.decode(run.tokens[max(0, p - self.before):p + 1])))
+        return count
+
+    def label(self, count):
+        """The three words with the largest z of the log-odds between a prototype's contexts and contexts at large, with the
+        latter as Dirichlet prior (Monroe, Colaresi, Quinn 2008, eqs. 15 to 22) -> "word word word", the smallest z among them."""
+        prior, n = self.general, sum(count.values())
+        a0 = sum(prior.values()) + len(count)
+        scored = []
+        for w, y in count.items():
+            a = 50.0 * (prior[w] + 1) / a0  # a prior worth 50 words
+            b, nb = prior[w] + a, a0 + 50.0
+            delta = math.log((y + a) / (n + 50.0 - y - a)) - math.log(b / (nb - b))
+            scored.append((delta / math.sqrt(1 / (y + a) + 1 / b), w))
+        best = [(z, w) for z, w in sorted(scored, reverse=True)[:3] if z > 1.96]
+        return " ".join(w for _, w in best), min((z for z, _ in best), default=0.0)
+
+    def card(self, i):
+        index, run = self.index, self.index.run
+        lo, hi = index.post_start[i], index.post_start[i + 1]
+        gates, sites = index.post_gates[lo:hi].astype(np.float32), index.post_sites[lo:hi].astype(np.int64)
+        order = np.argsort(-gates, kind="stable")
+
+        def tokens(top):
+            return [[run.decode([t]), round(v, 3)] for v, t in zip(top.values[i].tolist(), top.indices[i].tolist())]
+        contexts = []
+        for rank in dict.fromkeys([*range(min(4, len(order))), *(int(q * (len(order) - 1)) for q in (0.25, 0.5, 0.75) if len(order))]):
+            site = sites[order[rank]]
+            doc = index.site_doc[site]
+            contexts.append({"gate": round(float(gates[order[rank]]), 3), "quantile": round(1 - rank / max(1, len(order) - 1), 3),
+                             "document": run.titles[doc], "source": run.source_of[doc], "text": list(run.around(int(index.positions[site])))})
+        label, z = self.label(self.words(sites[order[:100]]))
+        of_source = np.bincount(run.doc_source[index.site_doc[sites]], minlength=len(run.sources)) / max(1, len(sites))
+        return {"id": int(i), "label": label, "z": round(z, 1), "density": len(sites) / max(1, index.meta["sites"]), "gate": float(gates.mean()) if len(gates) else 0.0,
+                "raised": tokens(self.raised), "lowered": tokens(self.lowered), "contexts": contexts,
+                "sources": [[run.sources[j], round(float(of_source[j]), 3)] for j in np.argsort(-of_source)[:5] if of_source[j]],
+                "near": [[int(j), round(v, 3)] for v, j in zip(self.near.values[i].tolist(), self.near.indices[i].tolist())] if self.near else []}
+
+
+def cards(argv):
+    cfg = parse_config(CardsConfig, argv)
+    keys = {"density": lambda c: -c["density"], "gate": lambda c: -c["gate"], "id": lambda c: c["id"], "label": lambda c: (not c["label"], c["label"])}
+    if cfg.sort not in keys:
+        raise UserError(f"sort={cfg.sort}, expected {', '.join(keys)}")
+    index = Index(cfg.out_dir, cfg.device)
+    M = index.meta["n_proto"]
+    try:
+        ids = [int(x) for x in cfg.proto.split(",")] if cfg.proto else range(M)
+        pattern = re.compile(cfg.search)
+        assert all(0 <= i < M for i in ids)
+    except (ValueError, AssertionError):
+        raise UserError(f"proto={cfg.proto}, expected numbers from 0 to {M - 1} with commas between") from None
+    except re.error as e:
+        raise UserError(f"search={cfg.search} is no regular expression ({e})") from None
+    made = Cards(index)
+
+    def text(c):
+        return "\n".join([c["label"], *(t for t, _ in c["raised"]), *("".join(x["text"]) for x in c["contexts"])])
+    found = sorted((c for c in map(made.card, tqdm(ids, disable=not sys.stderr.isatty())) if pattern.search(text(c))), key=keys[cfg.sort])
+    for c in found[:cfg.top or None]:
+        print(f"prototype {c['id']}: {c['label'] or '(no word stands out)'} (log-odds z >= {c['z']}); fires at {c['density']:.2%} of tokens, mean gate {c['gate']:.2f}")
+        print("  raises " + " ".join(repr(t) for t, _ in c["raised"]) + "; lowers " + " ".join(repr(t) for t, _ in c["lowered"][:4]))
+        print("  " + ", ".join(f"{n} {v:.0%}" for n, v in c["sources"]) + "; near " + ", ".join(f"{i} ({v:.2f})" for i, v in c["near"]))
+        for x in c["contexts"] or [None]:
+            print("  no training token makes it fire" if x is None else
+                  f"    {x['gate']:.2f}  {x['text'][0]}«{x['text'][1]}»{x['text'][2]}".replace("\n", "\\n") + f"  [{x['document']}]")
+    print(f"{len(found)} of {len(ids)} prototypes" + (f" match {cfg.search!r}" if cfg.search else ""))
+
+
+# ----------------------------------------------------------------------------- the page
+
+def render(data):
+    """The report's data -> the text of the page. Training text is data in it: nothing in it can end the script or be markup."""
+    body = json.dumps(data, allow_nan=False)
+    for c in "<>&\u2028\u2029":
+        body = body.replace(c, f"\\u{ord(c):04x}")
+    return (Path(__file__).resolve().parent / "assets" / "report.html").read_text("utf-8").replace("__REPORT_DATA__", body)
+
+
+def explorer_text(index, name, ids):
+    """One text of the explorer: each token's ledger, and the training text that its probability rests on."""
+    run = index.run
+    idx = torch.tensor([ids], device=run.device)
+    t, e = index.targets(ids, 1), run.model.explain(idx[:, :-1], idx[:, 1:])
+    one = [("", Targets([y], *(u[i:i + 1] for u in (t.ids, t.gates, t.errors, t.loss)))) for i, y in enumerate(t.tokens)]
+    levels = {level: index.answers(one, level, top=5) for level in ("token", "document", "source")}
+
+    def brief(entries):
+        return [{**{n: x[n] for n in ("score", "document", "source", "offset", "prototypes")}, "text": x["parts"]} for x in entries]
+    tokens = [{"text": run.decode(ids[:1])}]
+    for i, y in enumerate(t.tokens):
+        slices = zip(e.prototypes[0, i].tolist(), e.gates[0, i].tolist(), e.contributions[0, i].tolist())
+        tokens.append({"text": run.decode([y]), "logit": e.logit[0, i].item(), "residual": e.residual[0, i].item(), "loss": t.loss[i].item(),
+                       "slices": [list(x) for x in slices if x[1] > 0],
+                       "influence": {level: {s: brief(getattr(a[i], s)) for s in ("proponents", "opponents")} for level, a in levels.items()}})
+    return {"name": name, "tokens": tokens}
+
+
+def report_data(index, prompt="", max_new_tokens=12):
+    """Everything that report.html shows of a run, as plain values."""
+    run, out_dir = index.run, index.run.out_dir
+    c, train = run.model.config, run.ckpt["train_config"]
+
+    def table(folder):
+        try:
+            rows = [line.split(",") for line in (folder / "metrics.csv").read_text("utf-8").splitlines()]
+            return rows[0], [[float(x) if x else None for x in row] for row in rows[1:]]
+        except (OSError, ValueError, IndexError):
+            return [], []
+    columns, rows = table(out_dir)
+    facts = [["dataset", run.meta["name"]], ["parameters", f"{sum(p.numel() for p in run.model.parameters()):,}"],
+             ["shape", f"{c.n_layer} layers, width {c.n_embd}, context {c.block_size}"], ["prototypes", f"{c.n_proto:,}, at most {c.top_k} a token"],
+             ["steps", f"{run.ckpt['step']:,} of {train['total_batch_tokens']:,} tokens"], ["seed", str(train["seed"])],
+             ["checkpoint", run.hash[:12]], ["tokens indexed", f"{index.meta['sites']:,}"], ["damping mu", f"{index.meta['mu']:g}"]]
+    if rows:
+        best = min(rows, key=lambda r: r[columns.index("val_ce")])
+        facts += [[n, f"{best[columns.index(k)]:.4f}"] for n, k in (("validation cross-entropy, nats a token", "val_ce"),
+                  ("the same without the residual", "val_ce_prototypes"), ("residual's share of energy", "residual_share"))]
+    twin_columns, twin = table(out_dir.with_name(out_dir.name + "-dense"))
+    facts.append(["the dense twin's validation cross-entropy", f"{min(r[twin_columns.index('val_ce')] for r in twin):.4f}" if twin else
+                  f"not trained: python train.py --n_proto=0 --out_dir={out_dir.name}-dense"])
+    made = Cards(index)
+    P = run.model.prototypes.cpu()
+    near = sorted({(min(i, j), max(i, j)): v for i in range(len(P)) for v, j in zip(made.near.values[i].tolist(), made.near.indices[i].tolist())}.items(),
+                  key=lambda x: -x[1])[:10] if made.near else []
+    density = np.diff(index.post_start) / max(1, index.meta["sites"])
+    texts = []
+    if prompt:
+        ids, n = run.encode(prompt)
+        room = min(max_new_tokens, run.T + 1 - n)
+        texts.append(explorer_text(index, "your prompt, continued", run.model.generate(torch.tensor([ids], device=run.device), room, 0,
+                                                                                       n_vocab=run.tokenizer.n_vocab)[0].tolist()))
+    if run.val_docs:
+        d = max(run.val_docs, key=lambda x: min(x["length"], 200))
+        texts.append(explorer_text(index, f"held out: {d['title']}", [int(x) for x in run.val[d["start"]:d["start"] + min(d["length"], run.T + 1, 64)]]))
+    png = out_dir / "loss.png"
+    busiest = np.argsort(-density, kind="stable")[:2048]
+    return {"title": f"PRISM: {out_dir.name} on {run.meta['name']}", "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "run": facts,
+            "loss_png": "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode() if png.exists() else None,
+            "loss_alt": "training and validation loss by tokens; the head's terms beside them", "terms": {"columns": columns, "rows": rows[-60:]},
+            "health": {"density": density.tolist(), "spectrum": torch.linalg.svdvals(P).tolist(), "pairs": [[i, j, v] for (i, j), v in near]},
+            "texts": texts, "cards": [made.card(i) for i in tqdm(sorted(busiest.tolist()), unit="card", disable=not sys.stderr.isatty())], "gains": None,
+            "reproduce": [f"python data/prepare.py  # {run.meta.get('command', '')}", f"python train.py --dataset={train['dataset']} --out_dir={out_dir.name} --seed={train['seed']}",
+                          f"python attribute.py index --out_dir={out_dir.name} --mu={index.meta['mu']:g}", f"python attribute.py report --out_dir={out_dir.name}"]}
+
+
+def report(argv):
+    cfg = parse_config(ReportConfig, argv)
+    index = Index(cfg.out_dir, cfg.device)
+    page = render(report_data(index, cfg.prompt, cfg.max_new_tokens))
+    path = index.run.out_dir / "report.html"
+    with atomic(path, "w", encoding="utf-8") as f:
+        f.write(page)
+    print(f"{path}: {len(page) / 2**20:.1f} MB; open it in a browser")
+
+
+# ----------------------------------------------------------------------------- command line
+
+COMMANDS = {"index": index, "query": query, "explain": explain, "cards": cards, "report": report}
 
 
 def main(argv):
