@@ -69,7 +69,7 @@ class QueryConfig:
     max_new_tokens: int = 4   # length of the model's own continuation
     level: str = "document"   # token, document or source
     top: int = 10             # proponents and opponents shown
-    hessian: str = "block"    # block, full (joint, by conjugate gradients: slow) or none (gradient products, no nats)
+    hessian: str = "block"    # block (exact blocks), joined (blocks joined by co-activation), full (exact and joint: slow), none (gradients)
     json: bool = False        # print JSON
     device: str = "auto"      # auto, cpu, cuda or mps
 
@@ -119,11 +119,12 @@ def records(model, idx, targets):
 
 
 class Curvature:
-    """The two sums from which the blocks are made: D_i = sum_s a_si^2 pi_s (M, V) and S_i = sum_s a_si^2 m_s m_s^T (M, d, d)."""
+    """The sums from which the blocks are made, D_i = sum_s a_si^2 pi_s (M, V) and S_i = sum_s a_si^2 m_s m_s^T (M, d, d), and what
+    joins them, G_ij = sum_s a_si a_sj tr C_s (M, M)."""
 
     def __init__(self, W, n_proto):
         self.W = W.detach()
-        self.D, self.S = W.new_zeros(n_proto, W.size(0)), W.new_zeros(n_proto, W.size(1), W.size(1))
+        self.D, self.S, self.G = W.new_zeros(n_proto, W.size(0)), W.new_zeros(n_proto, W.size(1), W.size(1)), W.new_zeros(n_proto, n_proto)
 
     def add(self, ids, gates, pi, m):
         """N tokens: ids, gates (N, k), pi (N, V), m (N, d). Cost N k (V + d^2), sparse in the prototypes."""
@@ -132,6 +133,9 @@ class Curvature:
         first = torch.searchsorted(flat, torch.arange(len(self.D) + 1, device=flat.device))
         self.D += F.embedding_bag(tokens, pi, first[:-1], per_sample_weights=a * a, mode="sum")
         x = m[tokens] * a[:, None]
+        trace = pi @ self.W.square().sum(1) - m.square().sum(1)                               # (N,) tr C_s
+        self.G.view(-1).index_add_(0, (ids[:, :, None] * len(self.G) + ids[:, None]).flatten(),
+                                   (gates[:, :, None] * gates[:, None] * trace[:, None, None]).flatten())
         first = first.tolist()
         for i in flat.unique().tolist():
             xi = x[first[i]:first[i + 1]]
@@ -141,6 +145,26 @@ class Curvature:
         """H_i (d, d), of sums that stand for `weight` times their tokens."""
         H = weight * ((self.W.T * self.D[i]) @ self.W - self.S[i])
         return (H + H.T) / 2 + mu * torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+
+    def correlation(self):
+        """R (M, M): G with ones on its diagonal, R_ij = G_ij / sqrt(G_ii G_jj). Positive semidefinite, as G is a Gram matrix."""
+        size = self.G.diagonal().clamp(min=1e-20).rsqrt()
+        return (size[:, None] * self.G * size).fill_diagonal_(1.0)
+
+
+def root(H):
+    """The symmetric square root of positive semidefinite H (..., d, d)."""
+    values, vectors = torch.linalg.eigh(H)
+    return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
+
+
+def joined_product(factors, roots, R, v):
+    """The model Hessian that joins the exact blocks by co-activation, times v (Q, M, d) -> (Q, M, d):
+    H_ii = L_i L_i^T (mu within), H_ij = R_ij H_ii^1/2 H_jj^1/2 (without mu). factors, roots (M, d, d), R (M, M)."""
+    x = v.permute(1, 2, 0)                                                                    # (M, d, Q)
+    joined = ((R - torch.eye(len(R), dtype=R.dtype)) @ (roots @ x).flatten(1)).view_as(x)
+    return (roots @ joined + factors @ (factors.mT @ x)).permute(2, 0, 1)
 
 
 def curvature_product(W, ids, gates, pi, v):
@@ -276,7 +300,7 @@ def layout(meta):
     small = np.uint16 if M <= 2 ** 16 else np.uint32
     return {"positions": (np.int64, (N,)), "ids": (small, (N, k)), "gates": (np.float16, (N, k)), "errors": (np.float16, (N, r)),
             "post_sites": (site_type(N), (P,)), "post_gates": (np.float16, (P,)), "post_start": (np.int64, (M + 1,)),
-            "weights": (np.float32, (M,)), "basis": (np.float32, (d, r)), "factors": (np.float32, (M, d, d))}
+            "weights": (np.float32, (M,)), "basis": (np.float32, (d, r)), "factors": (np.float32, (M, d, d)), "coactivation": (np.float32, (M, M))}
 
 
 SITE_FILES = "positions", "ids", "gates", "errors"
@@ -346,7 +370,7 @@ class Builder:
             try:
                 s = torch.load(state, weights_only=True)
                 if s["key"] == key:
-                    curvature.D.copy_(s["D"]), curvature.S.copy_(s["S"])
+                    curvature.D.copy_(s["D"]), curvature.S.copy_(s["S"]), curvature.G.copy_(s["G"])
                     done, sizes = s["done"], s["sizes"]
             except Exception:  # damaged: begin again
                 pass
@@ -355,7 +379,7 @@ class Builder:
         for n, f in files.items():
             if f.tell() < sizes[n]:
                 done, sizes = 0, dict.fromkeys(SITE_FILES, 0)
-                curvature.D.zero_(), curvature.S.zero_()
+                curvature.D.zero_(), curvature.S.zero_(), curvature.G.zero_()
         for n, f in files.items():
             f.truncate(sizes[n])
 
@@ -365,7 +389,7 @@ class Builder:
                 os.fsync(f.fileno())
                 sizes[n] = f.tell()
             with atomic(state) as f:
-                torch.save(dict(key=key, D=curvature.D, S=curvature.S, done=done, sizes=sizes), f)
+                torch.save(dict(key=key, D=curvature.D, S=curvature.S, G=curvature.G, done=done, sizes=sizes), f)
         bar = tqdm(total=len(mine) * self.run.T, initial=done * self.run.T, unit="token", unit_scale=True, disable=not show or not sys.stderr.isatty())
         saved = told = time.perf_counter()
         cost = 0.0
@@ -393,7 +417,7 @@ class Builder:
         c, folder, cfg = self.run.model.config, self.folder, self.cfg
         if self.ranks > 1:
             import torch.distributed as dist
-            for u in (curvature.D, curvature.S):
+            for u in (curvature.D, curvature.S, curvature.G):
                 dist.all_reduce(u)
         if self.rank == 0:
             for n in SITE_FILES:
@@ -406,7 +430,7 @@ class Builder:
                                    windows=len(self.starts), window_weight=self.window_weight)
             meta["postings"] = self._postings(meta)
             weights = torch.full((c.n_proto,), self.window_weight) / (1.0 if self.keep_p is None else self.keep_p)
-            for n, a in (("weights", weights), ("basis", torch.eye(c.n_embd) if self.basis is None else self.basis)):
+            for n, a in (("weights", weights), ("coactivation", curvature.correlation().cpu()), ("basis", torch.eye(c.n_embd) if self.basis is None else self.basis)):
                 (folder / f"{n}.bin").write_bytes(a.numpy().astype(np.float32).tobytes())
             np.memmap(folder / "factors.bin", np.float32, "w+", shape=(c.n_proto, c.n_embd, c.n_embd)).flush()
         if self.ranks > 1:
@@ -532,7 +556,7 @@ class Answer:
     target: str            # the text whose loss is explained
     loss: float            # nats, the sum over its tokens
     level: str             # token, document or source
-    hessian: str           # block, full or none (then scores are gradient products, not nats)
+    hessian: str           # block, joined, full or none (then scores are gradient products, not nats)
     scores: np.ndarray     # (units,) float64: of every indexed token (see Index.positions), document or source
     proponents: list       # the largest scores: dicts of score, document, source, offset (tokens into it), text, prototypes
     opponents: list        # the smallest ones
@@ -621,9 +645,7 @@ class Index:
     def solve_full(self, t, tol=1e-3, tell=lambda i, r: None):
         """H^-1 b over all prototypes, b_i = a_ti g_t: conjugate gradients with the blocks as preconditioner; one pass over the
         indexed windows an iteration -> x (Q, M, r) in the stored basis, relative residual, iterations."""
-        run, M, device = self.run, self.meta["n_proto"], self.run.device
-        b = torch.zeros(len(t.ids), M, self.meta["n_embd"])
-        b.scatter_(1, t.ids[:, :, None].expand(-1, -1, b.size(2)), t.gates[:, :, None] * t.errors[:, None])
+        run, device, b = self.run, self.run.device, self.right_side(t)
         all_starts = seen_windows(run.ckpt, len(run.tokens))
         draw = np.random.default_rng(self.meta["seed"]).permutation(len(all_starts))
         starts = np.sort(all_starts[draw[:self.meta["windows"]]])
@@ -636,10 +658,31 @@ class Index:
                 out += curvature_product(self.W, ids, gates, pi, v)
             return (out * self.meta["window_weight"] + self.meta["mu"] * v).cpu()
 
-        def precondition(r):
-            return torch.stack([torch.cholesky_solve(r[:, i].T, torch.from_numpy(self.factors[i])).T for i in range(M)], 1)
-        x, residual, iterations = conjugate_gradients(product, b, precondition, tol, tell=tell)
+        x, residual, iterations = conjugate_gradients(product, b, self.precondition, tol, tell=tell)
         return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis, residual, iterations
+
+    def solve_joined(self, t, tell=lambda i, r: None):
+        """As solve_full with the blocks joined by co-activation: no pass over the corpus, seconds. The blocks' roots are made at the
+        first call and kept in roots.bin. -> x (Q, M, r), relative residual, iterations."""
+        path, L = self.folder / "roots.bin", torch.from_numpy(self.factors)
+        if not path.exists() or path.stat().st_size != self.factors.nbytes:
+            eye = torch.eye(L.size(1))
+            with atomic(path) as f:
+                for i in range(0, len(L), 64):
+                    f.write(root(L[i:i + 64] @ L[i:i + 64].mT - self.meta["mu"] * eye).numpy().tobytes())
+        roots, R = torch.from_numpy(np.memmap(path, np.float32, "c", shape=self.factors.shape)), torch.from_numpy(np.array(self.coactivation))
+        b = self.right_side(t)
+        x, residual, iterations = conjugate_gradients(lambda v: joined_product(L, roots, R, v), b, self.precondition, 0.01, 30, tell)
+        return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis, residual, iterations
+
+    def right_side(self, t):
+        """b (Q, M, d), b_i = a_ti g_t."""
+        b = torch.zeros(len(t.ids), self.meta["n_proto"], self.meta["n_embd"])
+        return b.scatter_(1, t.ids[:, :, None].expand(-1, -1, b.size(2)), t.gates[:, :, None] * t.errors[:, None])
+
+    def precondition(self, r):
+        """The exact blocks, inverted: r (Q, M, d) -> (Q, M, d)."""
+        return torch.cholesky_solve(r.permute(1, 2, 0), torch.from_numpy(self.factors)).permute(2, 0, 1)
 
     # -- reading
 
@@ -729,12 +772,15 @@ class Index:
 
         prompt, target: str, or lists of as many (then a list of Answers; the postings are read once for all). Without a
         target the model's own greedy continuation of max_new_tokens is explained. level: token, document or source.
-        hessian: block (exact diagonal blocks), full (joint, by conjugate gradients, to a relative residual of 1e-3) or
-        none. Raises UserError for text that cannot be read as prompt and target.
+        hessian: block (exact diagonal blocks; reads only the target's own posting lists), joined (blocks joined by
+        co-activation: nearer to full; reads every site), full (the joint Hessian, by conjugate gradients to a relative residual
+        of 1e-3; passes over the corpus) or none (gradient products). Raises UserError for text that cannot be read as prompt and target.
         """
-        if level not in self.units or hessian not in ("block", "full", "none") or top < 1 or max_new_tokens < 1:
+        if level not in self.units or hessian not in ("block", "joined", "full", "none") or top < 1 or max_new_tokens < 1:
             raise UserError(f"level={level}, hessian={hessian}, top={top}, max_new_tokens={max_new_tokens}: expected token, document or source; "
-                            "block, full or none; at least 1; at least 1")
+                            "block, joined, full or none; at least 1; at least 1")
+        if isinstance(prompt, str) != isinstance(target or prompt, str) or (target and len(target) != len(prompt) and not isinstance(prompt, str)):
+            raise UserError("prompt and target: expected two strings, or two lists of as many")
         if isinstance(prompt, str):
             return self.query([prompt], [target], level, hessian, top, max_new_tokens, tell)[0]
         every, run = [], self.run
@@ -754,8 +800,8 @@ class Index:
         t = Targets(sum((own.tokens for _, own in every), []), *(torch.cat([getattr(own, n) for _, own in every])
                                                                   for n in ("ids", "gates", "errors", "loss")))
         M, self.solved = self.meta["n_proto"], None
-        if hessian == "full":
-            x, *self.solved = self.solve_full(t, tell=tell)
+        if hessian in ("full", "joined"):
+            x, *self.solved = self.solve_full(t, tell=tell) if hessian == "full" else self.solve_joined(t)
             scores = self.scan_all(x, level)
         else:
             u = self.solve(t, hessian)

@@ -1,12 +1,14 @@
 """Does the head's influence say what really happens when a document is left out and the prototypes are fitted again?
 
-    python experiments/refit.py                                  out/ (trained and indexed or not), about 25 minutes
-    python experiments/refit.py --documents=6 --tokens=6000      a minute or two
+    python data/prepare.py pydoc --name=pydoc512 --vocab_size=512
+    python train.py --dataset=pydoc512 --out_dir=out-refit --n_layer=2 --n_head=2 --n_embd=64 --n_proto=128 --head_share=1
+    python experiments/refit.py                                  its head has 8,192 numbers; fits take seconds to minutes
+    python experiments/refit.py --out_dir=out --mu=10            the default preset: 197,000 numbers to fit, an hour or more
 
 Gates and residuals are held at the checkpoint, so the loss is convex in the prototypes P. On the tokens of some training documents
 P is fitted to convergence, F(P) = sum_s CE_s(P) + mu/2 ||P - P0||^2 (Newton steps by conjugate gradients), then again without each
-document in turn. The real change of each query token's loss is compared with three predictions, all from the fit on everything:
-full (joint Hessian), block (exact diagonal blocks) and none (gradient product). Query tokens come from held-out documents.
+document in turn. The real change of each query token's loss is compared with four predictions, all from the fit on everything: full
+(joint Hessian), joined (exact blocks, joined by co-activation), block (exact diagonal blocks) and none (gradient product). Query tokens come from held-out documents.
 Finished documents are kept in the result file, and a run that was stopped goes on.
 """
 import json
@@ -21,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from attribute import Curvature, Run, conjugate_gradients, curvature_product, seen_windows  # noqa: E402
+from attribute import Curvature, Run, conjugate_gradients, curvature_product, joined_product, root, seen_windows  # noqa: E402
 from prism import UserError, atomic, parse_config, run_main  # noqa: E402
 
 ROWS = 1024  # tokens at a time: their softmax stays in the cache
@@ -29,9 +31,9 @@ ROWS = 1024  # tokens at a time: their softmax stays in the cache
 
 @dataclass
 class RefitConfig:
-    out_dir: str = "out"                                # the run
+    out_dir: str = "out-refit"                          # the run
     documents: int = 20                                 # left out in turn
-    tokens: int = 40000                                 # training tokens that P is fitted on, about
+    tokens: int = 100000                                # training tokens that P is fitted on, about
     queries: int = 256                                  # held-out tokens
     mu: float = 0.1                                     # damping, and the pull towards the checkpoint's prototypes
     tol: float = 1e-4                                   # a fit ends when the gradient is this share of a document's
@@ -153,15 +155,16 @@ def main(argv):
 
     def blocks(P):
         c = head.curvature(P)
-        return torch.stack([torch.linalg.cholesky(c.block(i, cfg.mu).double()).float() for i in range(M)])
+        return torch.stack([torch.linalg.cholesky(c.block(i, cfg.mu).double()).float() for i in range(M)]), c
 
     def solver(L):
         return lambda r: torch.cholesky_solve(r.transpose(0, 1).transpose(1, 2), L).transpose(1, 2).transpose(0, 1)  # (Q, M, d)
-    at_start = solver(blocks(P0))
+    at_start = solver(blocks(P0)[0])
     weights = [torch.from_numpy((doc == d).astype(np.float32)) for d in chosen]
     enough = cfg.tol * min(head.pull(P0, w).norm().item() for w in weights)
     P, steps, size = fit(head, P0, P0, cfg.mu, at_start, enough, log)
-    before, factors = query.losses(P), blocks(P)
+    before, (factors, curvature) = query.losses(P), blocks(P)
+    roots, R = root(factors @ factors.mT - cfg.mu * torch.eye(P.size(1))), curvature.correlation()
     precondition, product, g = solver(factors), head.product(P, cfg.mu), query.errors(P)
 
     def change(x):
@@ -181,26 +184,27 @@ def main(argv):
         pull = head.pull(P, w)
         x, residual, n = conjugate_gradients(product, pull[None], precondition, tol=1e-3)
         rest = head.take(w == 0)
+        y, _, _ = conjugate_gradients(lambda v: joined_product(factors, roots, R, v), pull[None], precondition, tol=0.01)
         new, steps, _ = fit(rest, P - x[0], P0, cfg.mu, precondition, enough, lambda *a: None)
         real = query.losses(new) - before
-        result["documents"][str(d)] = {n: u.tolist() for n, u in dict(real=real, full=change(x[0]), block=change(precondition(pull[None])[0]),
+        result["documents"][str(d)] = {n: u.tolist() for n, u in dict(real=real, full=change(x[0]), joined=change(y[0]), block=change(precondition(pull[None])[0]),
                                                                       none=change(pull)).items()} | dict(title=run.titles[d], tokens=int(w.sum()))
         with atomic(cfg.out, "w") as f:
             json.dump(result, f)
         u = result["documents"][str(d)]
         log(f"  {run.titles[d]} ({int(w.sum())} tokens): {n} iterations, then {steps} Newton steps; r full {pearson(u['real'], u['full']):.4f}, "
-            f"block {pearson(u['real'], u['block']):.3f}, none {pearson(u['real'], u['none']):.3f}; {time.perf_counter() - t0:.0f} s")
+            f"joined {pearson(u['real'], u['joined']):.3f}, block {pearson(u['real'], u['block']):.3f}, none {pearson(u['real'], u['none']):.3f}; {time.perf_counter() - t0:.0f} s")
 
     # -- the figures
-    table = {n: np.array([u[n] for u in result["documents"].values()]) for n in ("real", "full", "block", "none")}
-    result["pearson"] = {n: pearson(table["real"], table[n]) for n in ("full", "block", "none")}
+    table = {n: np.array([u[n] for u in result["documents"].values()]) for n in ("real", "full", "joined", "block", "none")}
+    result["pearson"] = {n: pearson(table["real"], table[n]) for n in ("full", "joined", "block", "none")}
     per = {n: [pearson(a, b) for a, b in zip(table["real"].T, table[n].T)] for n in result["pearson"]}
     result["pearson_over_documents_mean"] = {n: float(np.mean(u)) for n, u in per.items()}
     with atomic(cfg.out, "w") as f:
         json.dump(result, f)
     for n, r in result["pearson"].items():
         print(f"{n:>6}: r {r:.4f} over all pairs, {result['pearson_over_documents_mean'][n]:.4f} over documents, mean of query tokens")
-    print(f"refit of {len(table['real'])} documents, {len(query.y)} query tokens: r full {result['pearson']['full']:.4f}, block "
+    print(f"refit of {len(table['real'])} documents, {len(query.y)} query tokens: r full {result['pearson']['full']:.4f}, joined {result['pearson']['joined']:.4f}, block "
           f"{result['pearson']['block']:.4f}, none {result['pearson']['none']:.4f}; off-diagonal share {result['off_diagonal_share']:.3f}")
 
 

@@ -120,6 +120,31 @@ def test_conjugate_gradients_solve_the_joint_system():
     assert (x - want).norm() / want.norm() < 1e-8
 
 
+def test_joined_blocks_against_plain_loops():
+    model, _, (ids, gates, g, pi, m, _), _, _ = small_problem(2)
+    W, (M, d) = model.transformer.wte.weight.detach(), model.prototypes.shape
+    c = Curvature(W, M)
+    c.add(ids, gates, pi, m)
+    G = torch.zeros(M, M, dtype=torch.float64)
+    for s in range(len(ids)):
+        C = W.T @ (torch.diag(pi[s]) - torch.outer(pi[s], pi[s])) @ W
+        for i, a in zip(ids[s].tolist(), gates[s]):
+            for j, b in zip(ids[s].tolist(), gates[s]):
+                G[i, j] += a * b * C.trace()
+    assert (c.G - G).norm() < 1e-10 * G.norm()
+    R, mu = c.correlation(), 0.1
+    blocks = torch.stack([c.block(i, 0.0) for i in range(M)])
+    roots = attribute.root(blocks)
+    assert (roots @ roots - blocks).norm() < 1e-8 * blocks.norm() and (roots - roots.mT).abs().max() < 1e-10
+    factors = torch.linalg.cholesky(blocks + mu * torch.eye(d, dtype=torch.float64))
+    v, got = torch.randn(2, M, d, dtype=torch.float64), None
+    got = attribute.joined_product(factors, roots, R, v)
+    for q in range(2):
+        for i in range(M):
+            want = mu * v[q, i] + sum((1.0 if i == j else G[i, j] / (G[i, i] * G[j, j]).sqrt().clamp(min=1e-20)) * (roots[i] @ (roots[j] @ v[q, j])) for j in range(M))
+            assert (got[q, i] - want).norm() < 1e-8 * v[q].norm() * blocks.norm()
+
+
 # ----------------------------------------------------------------------------- the index and its scores, against plain loops
 
 def plain_scores(out, prompt, target, mu, hessian="block"):
@@ -216,18 +241,21 @@ def test_full_equals_a_dense_solve(made):
     assert index.solved[0] < 1e-3 and index.solved[1] == len(said) and said[-1] == index.solved[0]
     block = index.query("the cat", " s", level="token").scores
     assert np.abs(block - want).max() > 0.02 * np.abs(want).max()  # which is not the same
+    joined = index.query("the cat", " s", level="token", hessian="joined").scores
+    assert np.corrcoef(joined, want)[0, 1] > max(0.9, np.corrcoef(block, want)[0, 1])
+    assert (made / "attribution/roots.bin").exists() and np.array_equal(joined, index.query("the cat", " s", level="token", hessian="joined").scores)
 
 
 # ----------------------------------------------------------------------------- building: batches, ranks, interruption, samples
 
-def files(out, skip=("meta.json",)):
+def files(out, skip=("meta.json", "roots.bin")):
     return {p.name: p.read_bytes() for p in sorted((Path(out) / "attribution").iterdir()) if p.name not in skip}
 
 
 def same_index(a, b):
     """Records and postings bit for bit; factors to float32 rounding, since sums were taken in another order."""
     x, y = files(a), files(b)
-    fx, fy = (np.frombuffer(u.pop("factors.bin"), np.float32) for u in (x, y))
+    fx, fy = (np.frombuffer(u.pop("factors.bin") + u.pop("coactivation.bin"), np.float32) for u in (x, y))
     return x.keys() == y.keys() and all(np.abs(np.frombuffer(x[n], np.float16).astype(float) - np.frombuffer(y[n], np.float16)).max() < 2e-3
                                         if n in ("errors.bin", "gates.bin", "post_gates.bin") else x[n] == y[n] for n in x) and np.abs(fx - fy).max() < 1e-3
 
