@@ -7,6 +7,9 @@ demo: .venv/ready
 	test -f data/pydoc/meta.json || .venv/bin/python data/prepare.py pydoc
 	.venv/bin/python train.py --resume
 	.venv/bin/python prism.py --prompt="Return the number of" --num_samples=2 --max_new_tokens=60
+	.venv/bin/python attribute.py index
+	.venv/bin/python attribute.py query --prompt="Return the number of" --target=" bytes" --top=3
+	.venv/bin/python attribute.py report --prompt="Return the number of"
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q tests
