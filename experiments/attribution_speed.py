@@ -90,7 +90,7 @@ def main(argv):
           f"{result['index']['ratio']:.2f} forward passes", flush=True)
 
     # 2. a query against the size of the corpus
-    text = torch.from_numpy(np.array(run.val[:64 * (run.T + 1)], np.int64)).view(64, -1)
+    text = np.resize(run.val, (64, run.T + 1))
     every = [index.targets(row[:2 + i % (run.T - 1)].tolist(), 1 + i % (run.T - 1)) for i, row in enumerate(text)]
     rng, result["size"] = np.random.default_rng(1), []
     for n in (10 ** 4, 10 ** 5, 10 ** 6) if cfg.quick else (10 ** 4, 10 ** 5, 10 ** 6, 3 * 10 ** 6, 10 ** 7):

@@ -2,55 +2,21 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny, write_dataset
+from conftest import tiny
 from torch.func import hessian
 
 import attribute
 import prism
-import train
 from attribute import Curvature, Index, UserError, conjugate_gradients, curvature_product, records
 
 ROOT = Path(__file__).resolve().parent.parent
-SENTENCES = ["the cat sat on the mat. ", "a dog ran to the log. ", "<script>alert(1)</script> & more. ", "my hen is in the den. "]
-
-
-def write_run(folder, *options, documents=12, iters=30):
-    """A prepared dataset with documents of two sources, and a tiny run trained on it -> the run's folder."""
-    rng = np.random.default_rng(0)
-    texts = ["".join(SENTENCES[i] for i in rng.integers(0, 4, 9)).encode() for _ in range(documents)]
-    rows, at = [], 0
-    for i, text in enumerate(texts):
-        rows.append(dict(split="train", start=at, length=len(text), source=f"source <{i % 2}>", title=f"document {i}"))
-        at += len(text)
-    data = write_dataset(folder / "tiny", list(b"".join(texts)), list(texts[0]))
-    rows.append(dict(split="val", start=0, length=len(texts[0]), source="source <0>", title="held out"))
-    (data / "docs.json").write_text(json.dumps(rows))
-    keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        train.main([f"--dataset={data}", f"--out_dir={folder / 'out'}", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--n_proto=12",
-                    "--top_k=3", "--batch_size=4", "--total_batch_tokens=64", "--warmup_iters=4", f"--max_iters={iters}", f"--eval_interval={iters}",
-                    "--device=cpu", "--dtype=float32", *options])
-    finally:
-        for s, handler in keep.items():
-            signal.signal(s, handler)
-    return folder / "out"
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """A tiny run with its index, for tests that only read."""
-    out = write_run(tmp_path_factory.mktemp("attribution"), iters=135)
-    attribute.main(["index", f"--out_dir={out}", "--mu=0.05"])
-    return out
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Each script of experiments/ in its smallest form: it runs, and its figures mean what it says."""
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,39 @@ def test_picture(dataset, tmp_path):
     slices, residual, logit = (float(line.split(w)[1].split()[0]) for w in ("slices ", "residual ", "logit "))
     assert slices + residual == pytest.approx(logit, abs=2e-4)
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_planted(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import planted
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeioubdfgklmnprst", k=5)) for _ in range(40)]
+    rows = [{"text": " ".join(rng.choices(rng.sample(words, 8), k=40))} for _ in range(130)]
+    (tmp_path / "real.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    subprocess.run([sys.executable, ROOT / "data/prepare.py", f"{tmp_path}/real.jsonl", f"--data_dir={tmp_path}", "--vocab_size=500"], check=True)
+    options = [f"--dataset={tmp_path}/real", "--models=1", "--plantings=5", "--max_iters=20", f"--results={tmp_path}/p.json",
+               "--options=--n_layer=1 --n_head=1 --n_embd=16 --n_proto=16 --block_size=64 --batch_size=8 --total_batch_tokens=512"]
+    planted.main(options)
+    lines, found = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "p.json").read_text())
+    assert found["table"]["words"]["invented exact"]["first"] == 5  # rare words betray the document, however little is trained
+    assert lines[-1].startswith(f"planted document first: block {found['table']['block']['invented exact']['first']} of 5 (cosine ")
+    planted.main(options)
+    assert capsys.readouterr().out.splitlines() == lines[1:]  # nothing is run twice
+
+
+def test_refit(made, tmp_path):
+    words = [f"--out_dir={made}", "--tokens=2000", "--documents=3", "--queries=40", "--mu=0.5", f"--out={tmp_path}/r.json"]
+    lines = script("refit.py", *words)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert len(found["documents"]) == 3 and f" query tokens: r full {found['pearson']['full']:.4f}, joined" in lines[-1]
+    assert found["pearson"]["full"] > 0.97 > found["pearson"]["none"] and 0 < found["off_diagonal_share"] < 1
+    assert script("refit.py", *words)[-1] == lines[-1]  # finished documents are not refitted
+
+
+def test_what_attribution_costs_and_what_less_of_it_loses(made, tmp_path):
+    lines = script("attribution_speed.py", f"--out_dir={made}", "--quick", f"--out={tmp_path}/s.json")
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert lines[-1].startswith(f"index {found['index']['ratio']:.2f} forward passes") and found["size"][-1]["read"] > 0
+    lines = script("attribution_small.py", f"--out_dir={made}", "--settings=--rank=16;--rank=2", "--queries=5", f"--out={tmp_path}/a.json")
+    found = json.loads((tmp_path / "a.json").read_text())["settings"]
+    assert found["--rank=16"]["r"] > 0.999 > found["--rank=2"]["r"] and lines[-1].endswith("--rank=2")
