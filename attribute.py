@@ -442,17 +442,29 @@ class Builder:
         if self.ranks > 1:
             dist.barrier()
         if self.rank == 0:
-            for path in folder.iterdir():
-                if path.suffix != ".bin":
-                    path.unlink()
             with atomic(folder / "meta.json", "w") as f:
                 json.dump(meta, f, indent=1)
-            final, old = self.run.out_dir / "attribution", self.run.out_dir / "attribution.old"
+            self.swap()
+
+    def swap(self):
+        """The finished index takes the old one's place. A kill on the way leaves both on disk, and the next call goes on here."""
+        final, old = self.run.out_dir / "attribution", self.run.out_dir / "attribution.old"
+        if final.exists():
             shutil.rmtree(old, ignore_errors=True)
-            if final.exists():
-                final.rename(old)
-            folder.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        self.folder.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        for path in final.iterdir():
+            if path.suffix != ".bin" and path.name != "meta.json":
+                path.unlink()
+
+    def made(self, folder):
+        """Does this folder hold this very index, finished?"""
+        try:
+            meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            return all(meta[k] == v for k, v in self.key.items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _postings(self, meta):
         """Counting sort of (prototype, site) in two passes over the site records, chunk by chunk -> how many there are."""
@@ -516,21 +528,27 @@ def index(argv):
             print(f"will take about {seconds:.0f} s, {memory / 2**20:,.0f} MB of memory a rank, {disk / 2**20:,.0f} MB of disk ({disk / n:.0f} bytes a token)")
         return
     final = run.out_dir / "attribution"
-    try:
-        if all(json.loads((final / "meta.json").read_text("utf-8")).get(k) == v for k, v in builder.key.items()):
-            if show:
-                print(f"{final} is this index already")
-            return
-    except (OSError, ValueError, AttributeError):
-        pass
+    ready, finished = builder.made(final), builder.made(builder.folder)
+    if ranks > 1:
+        torch.distributed.barrier()  # every rank has looked before one of them moves anything
+    if ready:
+        if show:
+            print(f"{final} is this index already")
+        return
     t0 = time.perf_counter()
     try:
-        builder.finish(builder.stream(show), show)
+        if not finished:
+            builder.finish(builder.stream(show), show)
+        elif show:
+            builder.swap()
     except OSError as e:
         raise UserError(f"{builder.folder} could not be written ({e}); an earlier index is untouched. Free some space, then run the same "
                         "command again: it goes on where it stopped; --dry_run says what it needs") from None
     if show:
         size = sum(p.stat().st_size for p in final.iterdir())
+        held = np.unique(run.documents_of(np.fromfile(final / "positions.bin", np.int64)))
+        if len(held) < len(run.titles):
+            print(f"{len(run.titles) - len(held)} of {len(run.titles)} documents have no indexed token; their scores are 0")
         print(f"{final}: {size / 2**20:,.0f} MB in {time.perf_counter() - t0:.0f} s. Next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")
     if ranks > 1:
         torch.distributed.barrier()
@@ -557,7 +575,7 @@ class Answer:
     loss: float            # nats, the sum over its tokens
     level: str             # token, document or source
     hessian: str           # block, joined, full or none (then scores are gradient products, not nats)
-    scores: np.ndarray     # (units,) float64: of every indexed token (see Index.positions), document or source
+    scores: np.ndarray     # (units,) float64: of every indexed token (Index.positions), document (Index.run.titles) or source (.run.sources)
     proponents: list       # the largest scores: dicts of score, document, source, offset (tokens into it), text, prototypes
     opponents: list        # the smallest ones
     tokens: list = field(default_factory=list)  # the same for each token of the target: dicts of target, loss, proponents, opponents
@@ -582,9 +600,13 @@ class Answer:
                 f"<table>{head}{rows(self.proponents)}{rows(self.opponents)}</table>")
 
 
+def plain(text):
+    """Training text for a terminal: what is not printable is written as an escape, and cannot act."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def entry_line(e):
-    place = e["source"] if e["document"] is None else f"{e['source']}, {e['document']}, token {e['offset']}"
-    return f"{place}: {e['text']!r} via {', '.join(f'{i} ({s:.0%})' for i, s in e['prototypes'][:3])}"
+    return f"{plain(e['source'])}, {plain(e['document'])}, token {e['offset']}: '{plain(e['text'])}' via {', '.join(f'{i} ({s:.0%})' for i, s in e['prototypes'][:3])}"
 
 
 def again(out_dir):
@@ -872,9 +894,13 @@ class Cards:
     def __init__(self, index, before=6):
         self.index, self.before = index, before
         P, W = index.run.model.prototypes.cpu(), index.W.cpu()
-        n = index.run.tokenizer.n_vocab
-        logits = P @ (W[:n] - W[:n].mean(0)).T                                                 # (M, V) against the mean logit
-        self.raised, self.lowered = logits.topk(8, largest=True), logits.topk(8, largest=False)
+        logits = P @ (W - W.mean(0)).T                                                         # (M, V) against the mean logit
+        count = np.zeros(len(W), np.int64)
+        for i in range(0, len(index.run.tokens), 2 ** 24):
+            count += np.bincount(index.run.tokens[i:i + 2 ** 24], minlength=len(W))
+        common = np.flatnonzero(count >= min(5, count.max()))  # the model knows nothing of tokens that it has hardly met
+        self.known, n = torch.from_numpy(common), min(8, len(common))
+        self.raised, self.lowered = (logits[:, self.known].topk(n, largest=up) for up in (True, False))
         unit = F.normalize(P, dim=1)
         self.near = (unit @ unit.T).fill_diagonal_(-1).topk(min(5, len(P) - 1)) if len(P) > 1 else None
         self.general = self.words(np.linspace(0, len(index.positions) - 1, min(len(index.positions), 20000)).astype(int))
@@ -907,7 +933,7 @@ class Cards:
         order = np.argsort(-gates, kind="stable")
 
         def tokens(top):
-            return [[run.decode([t]), round(v, 3)] for v, t in zip(top.values[i].tolist(), top.indices[i].tolist())]
+            return [[run.decode([t]), round(v, 3)] for v, t in zip(top.values[i].tolist(), self.known[top.indices[i]].tolist())]
         contexts = []
         for rank in dict.fromkeys([*range(min(4, len(order))), *(int(q * (len(order) - 1)) for q in (0.25, 0.5, 0.75) if len(order))]):
             site = sites[order[rank]]
@@ -945,10 +971,10 @@ def cards(argv):
     for c in found[:cfg.top or None]:
         print(f"prototype {c['id']}: {c['label'] or '(no word stands out)'} (log-odds z >= {c['z']}); fires at {c['density']:.2%} of tokens, mean gate {c['gate']:.2f}")
         print("  raises " + " ".join(repr(t) for t, _ in c["raised"]) + "; lowers " + " ".join(repr(t) for t, _ in c["lowered"][:4]))
-        print("  " + ", ".join(f"{n} {v:.0%}" for n, v in c["sources"]) + "; near " + ", ".join(f"{i} ({v:.2f})" for i, v in c["near"]))
+        print("  " + ", ".join(f"{plain(n)} {v:.0%}" for n, v in c["sources"]) + "; near " + ", ".join(f"{i} ({v:.2f})" for i, v in c["near"]))
         for x in c["contexts"] or [None]:
             print("  no training token makes it fire" if x is None else
-                  f"    {x['gate']:.2f}  {x['text'][0]}«{x['text'][1]}»{x['text'][2]}".replace("\n", "\\n") + f"  [{x['document']}]")
+                  f"    {x['gate']:.2f}  {plain('{}«{}»{}'.format(*x['text']))}  [{plain(x['document'])}]")
     print(f"{len(found)} of {len(ids)} prototypes" + (f" match {cfg.search!r}" if cfg.search else ""))
 
 

@@ -285,6 +285,14 @@ def test_an_interrupted_index_goes_on(made, own, monkeypatch):
     assert len(calls) > before
 
 
+def test_an_index_killed_while_it_takes_its_place_is_not_lost(made, own, monkeypatch):
+    (own / "attribution").rename(own / "attribution.part")
+    (own / "attribution.part/state.0.pt").write_text("left over")
+    monkeypatch.setattr(attribute.Builder, "stream", None)  # nothing is read again
+    attribute.main(["index", f"--out_dir={own}", "--mu=0.05"])
+    assert same_index(made, own) and not (own / "attribution/state.0.pt").exists() and not (own / "attribution.part").exists()
+
+
 def test_samples_are_unbiased_and_fewer_directions_lose_little(made, own):
     whole = Index(made).query("the cat", " sat", hessian="none")
     drawn = []
