@@ -273,7 +273,7 @@ class Run:
         else:
             n = len(ids)
         if len(ids) - (target is not None) > self.T:
-            raise UserError(f"prompt and target have {len(ids)} tokens, the context holds block_size = {self.T}; shorten the prompt")
+            raise UserError(f"the text has {len(ids)} tokens, the context holds block_size = {self.T}; shorten the prompt")
         return ids, n
 
     def documents_of(self, positions):
@@ -525,7 +525,7 @@ def index(argv):
     if cfg.dry_run:
         seconds, memory, disk = builder.estimate()
         if show:
-            print(f"will take about {seconds:.0f} s, {memory / 2**20:,.0f} MB of memory a rank, {disk / 2**20:,.0f} MB of disk ({disk / n:.0f} bytes a token)")
+            print(f"will take about {seconds:.0f} s, {memory / 1e6:,.0f} MB of memory a rank, {disk / 1e6:,.0f} MB of disk ({disk / n:.0f} bytes a token)")
         return
     final = run.out_dir / "attribution"
     ready, finished = builder.made(final), builder.made(builder.folder)
@@ -549,7 +549,7 @@ def index(argv):
         held = np.unique(run.documents_of(np.fromfile(final / "positions.bin", np.int64)))
         if len(held) < len(run.titles):
             print(f"{len(run.titles) - len(held)} of {len(run.titles)} documents have no indexed token; their scores are 0")
-        print(f"{final}: {size / 2**20:,.0f} MB in {time.perf_counter() - t0:.0f} s. Next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")
+        print(f"{final}: {size / 1e6:,.0f} MB in {time.perf_counter() - t0:.0f} s. Next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")
     if ranks > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -585,7 +585,8 @@ class Answer:
 
     def __str__(self):
         unit = "nats" if self.hessian != "none" else "gradient product"
-        lines = [f"{self.prompt!r} -> {self.target!r}: loss {self.loss:.3f} nats; {self.level}s by {unit} ({self.hessian})"]
+        lines = [f"{self.prompt!r} -> {self.target!r}: loss {self.loss:.3f} nats; {self.level}s by {unit} ({self.hessian}), "
+                 + ("in their text" if self.level == "token" else "each with its strongest token")]
         for name, sign in (("proponents", "+"), ("opponents", "-")):
             lines += [f"{name}:"] + [f"  {e['score']:+10.5f}  {entry_line(e)}" for e in getattr(self, name)] or [f"  none with {sign}"]
         return "\n".join(lines)
@@ -593,7 +594,7 @@ class Answer:
     def _repr_html_(self):
         """For notebooks; training text is escaped."""
         def rows(entries):
-            return "".join(f"<tr><td style='text-align:right'>{e['score']:+.5f}</td><td>{html.escape(e['document'])}</td><td style='text-align:left'>"
+            return "".join(f"<tr><td style='text-align:right'>{e['score']:+.5f}</td><td>{html.escape(e['document'])}</td><td style='text-align:left; white-space:pre-wrap'>"
                            f"{html.escape(e['text'])}</td><td>{', '.join(f'{i} ({s:.0%})' for i, s in e['prototypes'])}</td></tr>" for e in entries)
         head = "<tr><th>nats</th><th>document</th><th>text</th><th>prototypes</th></tr>"
         return (f"<p><code>{html.escape(self.prompt)}</code> &rarr; <code>{html.escape(self.target)}</code>, loss {self.loss:.3f} nats</p>"
@@ -694,7 +695,7 @@ class Index:
                     f.write(root(L[i:i + 64] @ L[i:i + 64].mT - self.meta["mu"] * eye).numpy().tobytes())
         roots, R = torch.from_numpy(np.memmap(path, np.float32, "c", shape=self.factors.shape)), torch.from_numpy(np.array(self.coactivation))
         b = self.right_side(t)
-        x, residual, iterations = conjugate_gradients(lambda v: joined_product(L, roots, R, v), b, self.precondition, 0.01, 30, tell)
+        x, residual, iterations = conjugate_gradients(lambda v: joined_product(L, roots, R, v), b, self.precondition, 0.01, 100, tell)
         return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis, residual, iterations
 
     def right_side(self, t):
@@ -798,9 +799,11 @@ class Index:
         co-activation: nearer to full; reads every site), full (the joint Hessian, by conjugate gradients to a relative residual
         of 1e-3; passes over the corpus) or none (gradient products). Raises UserError for text that cannot be read as prompt and target.
         """
-        if level not in self.units or hessian not in ("block", "joined", "full", "none") or top < 1 or max_new_tokens < 1:
-            raise UserError(f"level={level}, hessian={hessian}, top={top}, max_new_tokens={max_new_tokens}: expected token, document or source; "
-                            "block, joined, full or none; at least 1; at least 1")
+        for name, value, allowed in (("level", level, list(self.units)), ("hessian", hessian, ["block", "joined", "full", "none"])):
+            if value not in allowed:
+                raise UserError(f"{name} is {value!r}, expected {', '.join(allowed)}")
+        if top < 1 or max_new_tokens < 1:
+            raise UserError(f"top is {top}, max_new_tokens {max_new_tokens}; expected at least 1")
         if isinstance(prompt, str) != isinstance(target or prompt, str) or (target and len(target) != len(prompt) and not isinstance(prompt, str)):
             raise UserError("prompt and target: expected two strings, or two lists of as many")
         if isinstance(prompt, str):
@@ -846,11 +849,19 @@ def query(argv):
     prompts, targets = [cfg.prompt], [cfg.target or None]
     if cfg.queries:
         prompts, targets = [], []
-        for n, line in enumerate(Path(cfg.queries).read_text("utf-8").splitlines(), 1):
+        try:
+            lines = Path(cfg.queries).read_text("utf-8").splitlines()
+        except (OSError, ValueError) as e:
+            raise UserError(f"{cfg.queries} cannot be read ({e}); expected a text file, one {{\"prompt\": ..., \"target\": ...}} a line") from None
+        if not lines:
+            raise UserError(f"{cfg.queries} is empty; expected one {{\"prompt\": ..., \"target\": ...}} a line")
+        for n, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                prompts.append(str(row["prompt"]))
+                prompts.append(row["prompt"])
                 targets.append(row.get("target"))
+                if not isinstance(row["prompt"], str) or not isinstance(targets[-1], (str, type(None))):
+                    raise TypeError("prompt and target are strings")
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise UserError(f"{cfg.queries}, line {n} is no query ({type(e).__name__}: {e}); expected {{\"prompt\": ..., \"target\": ...}}") from None
     index = Index(cfg.out_dir, cfg.device)
@@ -1062,7 +1073,7 @@ def report(argv):
     path = index.run.out_dir / "report.html"
     with atomic(path, "w", encoding="utf-8") as f:
         f.write(page)
-    print(f"{path}: {len(page) / 2**20:.1f} MB; open it in a browser")
+    print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
 # ----------------------------------------------------------------------------- command line

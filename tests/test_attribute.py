@@ -335,9 +335,13 @@ def test_many_queries_from_a_file(made, tmp_path, capsys):
     path.write_text('{"prompt": "the cat", "target": " sat"}\n{"prompt": "a dog"}\n')
     attribute.main(["query", f"--out_dir={made}", f"--queries={path}", "--json"])
     assert [x["prompt"] for x in json.loads(capsys.readouterr().out)] == ["the cat", "a dog"]
-    path.write_text('{"prompt": "the cat"}\n{"target": 3}\n')
-    with pytest.raises(UserError, match="line 2 is no query"):
-        attribute.main(["query", f"--out_dir={made}", f"--queries={path}"])
+    for text, message in (('{"prompt": "the cat"}\n{"target": 3}\n', "line 2 is no query"), ('["the"]', "line 1 is no query"), ("", "is empty"),
+                          ('{"prompt": "x", "target": 3}', "line 1 is no query .*strings")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            attribute.main(["query", f"--out_dir={made}", f"--queries={path}"])
+    with pytest.raises(UserError, match="cannot be read"):
+        attribute.main(["query", f"--out_dir={made}", f"--queries={tmp_path}/nowhere"])
 
 
 def test_an_answer_shows_itself_and_escapes_text(made):
@@ -350,9 +354,9 @@ def test_an_answer_shows_itself_and_escapes_text(made):
 def test_bad_input_is_refused(made, own):
     index = Index(made)
     for options, message in ((dict(prompt=""), "the prompt is empty"), (dict(prompt="x", target=""), "the target is empty"),
-                             (dict(prompt="x" * 17), "have 17 tokens, the context holds block_size = 16"),
-                             (dict(prompt="x" * 10, target="y" * 8), "have 18 tokens"), (dict(prompt="x", level="page"), "level=page"),
-                             (dict(prompt="x", hessian="half"), "hessian=half"), (dict(prompt="x", top=0), "top=0")):
+                             (dict(prompt="x" * 17), "has 17 tokens, the context holds block_size = 16"),
+                             (dict(prompt="x" * 10, target="y" * 8), "has 18 tokens"), (dict(prompt="x", level="page"), "level is 'page'"),
+                             (dict(prompt="x", hessian="half"), "hessian is 'half'"), (dict(prompt="x", top=0), "top is 0")):
         with pytest.raises(UserError, match=message):
             index.query(**options)
     assert len(index.query("x" * 16, "y").tokens) == 1  # a full context leaves room for one token to predict
