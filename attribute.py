@@ -235,11 +235,11 @@ class Run:
         try:
             docs = json.loads((folder / "docs.json").read_text("utf-8"))
             rows = [x for x in docs if x["split"] == "train"]
-            self.val_docs = [x for x in docs if x["split"] == "val"]
+            self.val_docs = [{"start": int(x["start"]), "length": int(x["length"]), "title": str(x["title"])} for x in docs if x["split"] == "val"]
             self.doc_start = np.array([x["start"] for x in rows], np.int64)
             self.titles, self.source_of = [str(x["title"]) for x in rows], [str(x["source"]) for x in rows]
             ok = len(rows) and self.doc_start[0] == 0 and (np.diff(self.doc_start) > 0).all() and self.doc_start[-1] < len(self.tokens)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
             raise UserError(f"{folder}/docs.json is missing or damaged ({type(e).__name__}: {e}); run: python data/prepare.py") from None
         if not ok:
             raise UserError(f"{folder}/docs.json does not fit train.bin; run: python data/prepare.py")
@@ -366,14 +366,17 @@ class Builder:
         mine = self.starts[len(self.starts) * self.rank // self.ranks:len(self.starts) * (self.rank + 1) // self.ranks]
         curvature, done, sizes = Curvature(self.W, self.run.model.config.n_proto), 0, dict.fromkeys(SITE_FILES, 0)
         state, key = self.folder / f"state.{self.rank}.pt", self.key | {"ranks": self.ranks}
+        (self.folder / "meta.json").unlink(missing_ok=True)  # of another index that was finished here: this one is not
         if state.exists():
             try:
                 s = torch.load(state, weights_only=True)
                 if s["key"] == key:
-                    curvature.D.copy_(s["D"]), curvature.S.copy_(s["S"]), curvature.G.copy_(s["G"])
-                    done, sizes = s["done"], s["sizes"]
+                    for mine_, theirs in ((curvature.D, s["D"]), (curvature.S, s["S"]), (curvature.G, s["G"])):
+                        mine_.copy_(theirs)
+                    done, sizes = s["done"], {n: s["sizes"][n] for n in SITE_FILES}
             except Exception:  # damaged: begin again
-                pass
+                for u in (curvature.D, curvature.S, curvature.G):
+                    u.zero_()
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {n: open(self.folder / f"{n}.{self.rank}", "ab") for n in SITE_FILES}
         for n, f in files.items():
@@ -426,6 +429,8 @@ class Builder:
                         with open(folder / f"{n}.{r}", "rb") as part:
                             shutil.copyfileobj(part, f, 2 ** 24)
             N = (folder / "positions.bin").stat().st_size // 8
+            if not N:
+                raise UserError(f"no token is left with cap={cfg.cap} and max_tokens={cfg.max_tokens}; raise them")
             meta = self.key | dict(sites=N, postings=0, n_proto=c.n_proto, top_k=c.top_k, n_embd=c.n_embd, block_size=self.run.T,
                                    windows=len(self.starts), window_weight=self.window_weight)
             meta["postings"] = self._postings(meta)
@@ -579,9 +584,10 @@ class Answer:
     proponents: list       # the largest scores: dicts of score, document, source, offset (tokens into it), text, prototypes
     opponents: list        # the smallest ones
     tokens: list = field(default_factory=list)  # the same for each token of the target: dicts of target, loss, proponents, opponents
+    solved: tuple | None = None                 # joined and full: the conjugate gradients' largest relative residual, and iterations
 
     def as_dict(self):
-        return {n: getattr(self, n) for n in ("prompt", "target", "loss", "level", "hessian", "proponents", "opponents", "tokens")}
+        return {n: getattr(self, n) for n in ("prompt", "target", "loss", "level", "hessian", "proponents", "opponents", "tokens", "solved")}
 
     def __str__(self):
         unit = "nats" if self.hessian != "none" else "gradient product"
@@ -596,7 +602,7 @@ class Answer:
         def rows(entries):
             return "".join(f"<tr><td style='text-align:right'>{e['score']:+.5f}</td><td>{html.escape(e['document'])}</td><td style='text-align:left; white-space:pre-wrap'>"
                            f"{html.escape(e['text'])}</td><td>{', '.join(f'{i} ({s:.0%})' for i, s in e['prototypes'])}</td></tr>" for e in entries)
-        head = "<tr><th>nats</th><th>document</th><th>text</th><th>prototypes</th></tr>"
+        head = f"<tr><th>{'nats' if self.hessian != 'none' else 'gradient product'}</th><th>document</th><th>text</th><th>prototypes</th></tr>"
         return (f"<p><code>{html.escape(self.prompt)}</code> &rarr; <code>{html.escape(self.target)}</code>, loss {self.loss:.3f} nats</p>"
                 f"<table>{head}{rows(self.proponents)}{rows(self.opponents)}</table>")
 
@@ -625,6 +631,10 @@ class Index:
         self.folder = folder = run.out_dir / "attribution"
         try:
             self.meta = meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            c = run.model.config
+            if any(type(meta[n]) is not int or meta[n] < 1 for n in ("sites", "postings", "rank", "windows")) or meta["window_weight"] < 1 or not meta["mu"] > 0 \
+                    or [meta[n] for n in ("n_proto", "top_k", "n_embd")] != [c.n_proto, c.top_k, c.n_embd]:
+                raise ValueError("its numbers do not fit the model")
             files = layout(meta)
             stale = [n for n, v in (("format", FORMAT), ("checkpoint", run.hash), ("data", run.meta["sha256"]["train.bin"])) if meta[n] != v]
         except FileNotFoundError:
@@ -643,6 +653,8 @@ class Index:
         starts = self.post_start
         if starts[0] != 0 or starts[-1] != meta["postings"] or (np.diff(starts) < 0).any():
             raise UserError(f"{folder}/post_start.bin is damaged; remove {folder}, then {again(out_dir)}")
+        if self.positions[0] < 1 or self.positions[-1] >= len(run.tokens):
+            raise UserError(f"{folder}/positions.bin is damaged; remove {folder}, then {again(out_dir)}")
         self.errors_t = torch.from_numpy(self.errors)
         self.W = run.model.transformer.wte.weight
         self.site_doc = run.documents_of(self.positions).astype(np.int32)  # sites are in corpus order: documents are contiguous
@@ -819,19 +831,26 @@ class Index:
 
     def answers(self, every, level="document", hessian="block", top=10, tell=lambda *a: None):
         """every: a (prompt, Targets) a query -> a list of Answers."""
-        size = max(1, 2 ** 28 // (8 * self.units[level]))  # queries at a time: 256 MB of scores
+        widest = max(len(own.tokens) for _, own in every)  # about 1 GB at a time of scores and dense solutions
+        size = max(1, 2 ** 30 // (widest * (8 * self.units[level] + 4 * self.meta["n_proto"] * self.meta["rank"])))
         if len(every) > size:
             return [a for i in range(0, len(every), size) for a in self.answers(every[i:i + size], level, hessian, top, tell)]
         t = Targets(sum((own.tokens for _, own in every), []), *(torch.cat([getattr(own, n) for _, own in every])
                                                                   for n in ("ids", "gates", "errors", "loss")))
         M, self.solved = self.meta["n_proto"], None
+        damaged = UserError(f"{self.folder} is damaged; remove it, then {again(self.run.out_dir)}")
         if hessian in ("full", "joined"):
             x, *self.solved = self.solve_full(t, tell=tell) if hessian == "full" else self.solve_joined(t)
             scores = self.scan_all(x, level)
         else:
             u = self.solve(t, hessian)
-            scores = self.scan(t, u, level)
+            try:
+                scores = self.scan(t, u, level)
+            except (IndexError, RuntimeError):
+                raise damaged from None
             x = [torch.zeros(M, u.size(2)).index_put_((i,), v) for i, v in zip(t.ids, u)]
+        if not np.isfinite(scores).all():
+            raise damaged
         found, q = [], 0
         for prompt, own in every:
             mine, q = slice(q, q + len(own.tokens)), q + len(own.tokens)
@@ -840,7 +859,7 @@ class Index:
             total = scores[mine].sum(0)
             both = tokens[0] if len(tokens) == 1 else self.entries(level, total, sum(x[mine]), top)
             found.append(Answer(prompt, self.run.decode(own.tokens), own.loss.sum().item(), level, hessian, total, both["proponents"],
-                                both["opponents"], tokens))
+                                both["opponents"], tokens, self.solved))
         return found
 
 
@@ -862,14 +881,14 @@ def query(argv):
                 targets.append(row.get("target"))
                 if not isinstance(row["prompt"], str) or not isinstance(targets[-1], (str, type(None))):
                     raise TypeError("prompt and target are strings")
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise UserError(f"{cfg.queries}, line {n} is no query ({type(e).__name__}: {e}); expected {{\"prompt\": ..., \"target\": ...}}") from None
     index = Index(cfg.out_dir, cfg.device)
     tell = (lambda i, r: print(f"iteration {i}: relative residual {r:.1e}", file=sys.stderr, flush=True)) if cfg.hessian == "full" else lambda *a: None
     answers = index.query(prompts, targets, cfg.level, cfg.hessian, cfg.top, cfg.max_new_tokens, tell)
     if cfg.json:
         out = [a.as_dict() for a in answers]
-        print(json.dumps(out if cfg.queries else out[0]))
+        print(json.dumps(out if cfg.queries else out[0], allow_nan=False))
         return
     for a in answers:
         print(a)
@@ -882,7 +901,7 @@ def explain(argv):
     run = Run(cfg.out_dir, cfg.device)
     ids, _ = run.encode(cfg.prompt)
     idx = torch.tensor([ids], device=run.device)
-    following = torch.tensor([[*ids[1:], int(run.model(idx)[0].argmax())]], device=run.device)
+    following = torch.tensor([[*ids[1:], int(run.model(idx)[0][..., :run.tokenizer.n_vocab].argmax())]], device=run.device)
     e = run.model.explain(idx, following)
     parts = e.contributions.double().sum(-1) + e.residual.double()
     print(f"{'token':>16} {'logit':>9} = {'residual':>9} + {'slices':>9}   largest slices, prototype: share (gate)")
@@ -969,10 +988,11 @@ def cards(argv):
     try:
         ids = [int(x) for x in cfg.proto.split(",")] if cfg.proto else range(M)
         pattern = re.compile(cfg.search)
-        assert all(0 <= i < M for i in ids)
-    except (ValueError, AssertionError):
+        if not all(0 <= i < M for i in ids):
+            raise ValueError
+    except ValueError:
         raise UserError(f"proto={cfg.proto}, expected numbers from 0 to {M - 1} with commas between") from None
-    except re.error as e:
+    except (re.error, OverflowError) as e:
         raise UserError(f"search={cfg.search} is no regular expression ({e})") from None
     made = Cards(index)
 
@@ -1025,8 +1045,10 @@ def report_data(index, prompt="", max_new_tokens=12):
 
     def table(folder):
         try:
-            rows = [line.split(",") for line in (folder / "metrics.csv").read_text("utf-8").splitlines()]
-            return rows[0], [[float(x) if x else None for x in row] for row in rows[1:]]
+            columns, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text("utf-8").splitlines()]
+            rows = [[float(x) if x and math.isfinite(float(x)) else None for x in row] for row in rows]
+            known = [columns.index(n) for n in ("val_ce", "val_ce_prototypes", "residual_share")[:None if "-dense" not in folder.name else 1]]
+            return columns, [r for r in rows if len(r) == len(columns) and all(r[i] is not None for i in known)]
         except (OSError, ValueError, IndexError):
             return [], []
     columns, rows = table(out_dir)
@@ -1052,7 +1074,7 @@ def report_data(index, prompt="", max_new_tokens=12):
         room = min(max_new_tokens, run.T + 1 - n)
         texts.append(explorer_text(index, "your prompt, continued", run.model.generate(torch.tensor([ids], device=run.device), room, 0,
                                                                                        n_vocab=run.tokenizer.n_vocab)[0].tolist()))
-    if run.val_docs:
+    if any(x["length"] > 1 for x in run.val_docs):
         d = max(run.val_docs, key=lambda x: min(x["length"], 200))
         texts.append(explorer_text(index, f"held out: {d['title']}", [int(x) for x in run.val[d["start"]:d["start"] + min(d["length"], run.T + 1, 64)]]))
     png = out_dir / "loss.png"
@@ -1068,6 +1090,8 @@ def report_data(index, prompt="", max_new_tokens=12):
 
 def report(argv):
     cfg = parse_config(ReportConfig, argv)
+    if cfg.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected at least 1")
     index = Index(cfg.out_dir, cfg.device)
     page = render(report_data(index, cfg.prompt, cfg.max_new_tokens))
     path = index.run.out_dir / "report.html"

@@ -103,7 +103,7 @@ def test_joined_blocks_against_plain_loops():
     roots = attribute.root(blocks)
     assert (roots @ roots - blocks).norm() < 1e-8 * blocks.norm() and (roots - roots.mT).abs().max() < 1e-10
     factors = torch.linalg.cholesky(blocks + mu * torch.eye(d, dtype=torch.float64))
-    v, got = torch.randn(2, M, d, dtype=torch.float64), None
+    v = torch.randn(2, M, d, dtype=torch.float64)
     got = attribute.joined_product(factors, roots, R, v)
     for q in range(2):
         for i in range(M):
@@ -280,9 +280,10 @@ def test_an_interrupted_index_goes_on(made, own, monkeypatch):
     monkeypatch.setattr(attribute.Builder, "batch", counting)
     attribute.main(["index", f"--out_dir={own}", "--mu=0.05"])
     total = len(attribute.seen_windows(attribute.Run(own, "cpu").ckpt, 12 * 240))
-    assert sum(calls[before:]) < -(-total // 1) and same_index(made, own)
+    assert 0 < sum(calls[before:]) < total and same_index(made, own)
+    before = len(calls)
     attribute.main(["index", f"--out_dir={own}", "--mu=0.05"])  # it is there already: nothing is read again
-    assert len(calls) > before
+    assert len(calls) == before
 
 
 def test_an_index_killed_while_it_takes_its_place_is_not_lost(made, own, monkeypatch):
@@ -291,6 +292,16 @@ def test_an_index_killed_while_it_takes_its_place_is_not_lost(made, own, monkeyp
     monkeypatch.setattr(attribute.Builder, "stream", None)  # nothing is read again
     attribute.main(["index", f"--out_dir={own}", "--mu=0.05"])
     assert same_index(made, own) and not (own / "attribution/state.0.pt").exists() and not (own / "attribution.part").exists()
+
+
+def test_a_half_built_index_is_never_taken_for_another(made, own, monkeypatch):
+    (own / "attribution").rename(own / "attribution.part")  # finished with mu 0.05, but killed before it took its place
+    with monkeypatch.context() as m:
+        m.setattr(attribute.Builder, "finish", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attribute.main(["index", f"--out_dir={own}", "--mu=7"])
+    attribute.main(["index", f"--out_dir={own}", "--mu=0.05"])
+    assert same_index(made, own)
 
 
 def test_samples_are_unbiased_and_fewer_directions_lose_little(made, own):
@@ -347,7 +358,7 @@ def test_many_queries_from_a_file(made, tmp_path, capsys):
 def test_an_answer_shows_itself_and_escapes_text(made):
     answer = Index(made).query("<script>alert", "(1)")
     shown = answer._repr_html_()
-    assert "<script>" not in shown and "&lt;script&gt;alert" in shown and "source &lt;" not in str(answer)
+    assert "<script>" not in shown and "&lt;script&gt;alert" in shown
     assert "proponents:" in str(answer)
 
 
@@ -370,6 +381,18 @@ def test_bad_input_is_refused(made, own):
             attribute.main(["index", f"--out_dir={own}", *words])
     with pytest.raises(UserError, match="does not exist; train a model first"):
         Index(own / "nowhere")
+    for name, content in (("factors", 0.0), ("errors", np.nan), ("weights", np.inf)):
+        whole = (own / f"attribution/{name}.bin").read_bytes()
+        dtype = np.float16 if name == "errors" else np.float32
+        (own / f"attribution/{name}.bin").write_bytes(np.full(len(whole) // dtype(0).itemsize, content, dtype).tobytes())
+        with pytest.raises(UserError, match="is damaged; remove it"):
+            Index(own).query("the cat", " sat")
+        (own / f"attribution/{name}.bin").write_bytes(whole)
+    meta = (own / "attribution/meta.json").read_text()
+    (own / "attribution/meta.json").write_text(meta.replace('"top_k": 3', '"top_k": 0'))
+    with pytest.raises(UserError, match="its numbers do not fit the model"):
+        Index(own)
+    (own / "attribution/meta.json").write_text(meta)
     (own / "attribution/errors.bin").write_bytes(b"123")
     with pytest.raises(UserError, match="errors.bin is 3 bytes, expected .*; remove .* then run: python attribute.py index"):
         Index(own)
