@@ -21,6 +21,7 @@ Scores are linear in s and in t: those of documents, sources and longer targets 
 Index("out").query("Return the number of", level="document") returns an Answer, which shows itself in a notebook.
 """
 import base64
+import contextlib
 import html
 import json
 import math
@@ -517,6 +518,22 @@ class Builder:
         return seconds, memory, disk
 
 
+@contextlib.contextmanager
+def alone(path):
+    """Holds a lock on `path` while the block runs; the system gives it back if the process dies. Raises UserError if it is taken."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: no lock
+        yield
+        return
+    with open(path, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another `attribute.py index` is at work on {path.parent}; wait for it, or stop it") from None
+        yield
+
+
 def index(argv):
     cfg = parse_config(IndexConfig, argv)
     rank, ranks, device = set_up_ranks(cfg.device)
@@ -542,10 +559,11 @@ def index(argv):
         return
     t0 = time.perf_counter()
     try:
-        if not finished:
-            builder.finish(builder.stream(show), show)
-        elif show:
-            builder.swap()
+        with alone(run.out_dir / "attribution.lock") if show else contextlib.nullcontext():
+            if not finished:
+                builder.finish(builder.stream(show), show)
+            elif show:
+                builder.swap()
     except OSError as e:
         raise UserError(f"{builder.folder} could not be written ({e}); an earlier index is untouched. Free some space, then run the same "
                         "command again: it goes on where it stopped; --dry_run says what it needs") from None

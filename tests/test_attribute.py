@@ -404,6 +404,14 @@ def test_bad_input_is_refused(made, own):
         Index(own)
 
 
+def test_two_at_once_do_not_mix(made, own):
+    before = files(own)
+    with attribute.alone(own / "attribution.lock"), pytest.raises(UserError, match="another `attribute.py index` is at work"):
+        attribute.main(["index", f"--out_dir={own}", "--mu=3"])
+    assert files(own) == before
+    attribute.main(["index", f"--out_dir={own}", "--mu=3"])
+
+
 def test_a_stale_index_is_refused(made, own):
     ckpt = prism.load_tensors(own / "ckpt.pt")
     ckpt["model"]["prototypes"][0, 0] += 1
