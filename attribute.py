@@ -126,6 +126,7 @@ class Curvature:
     def __init__(self, W, n_proto):
         self.W = W.detach()
         self.D, self.S, self.G = W.new_zeros(n_proto, W.size(0)), W.new_zeros(n_proto, W.size(1), W.size(1)), W.new_zeros(n_proto, n_proto)
+        self.sums = {"D": self.D, "S": self.S, "G": self.G}
 
     def add(self, ids, gates, pi, m):
         """N tokens: ids, gates (N, k), pi (N, V), m (N, d). Cost N k (V + d^2), sparse in the prototypes."""
@@ -146,7 +147,6 @@ class Curvature:
         """H_i (d, d), of sums that stand for `weight` times their tokens."""
         H = weight * ((self.W.T * self.D[i]) @ self.W - self.S[i])
         return (H + H.T) / 2 + mu * torch.eye(len(H), dtype=H.dtype, device=H.device)
-
 
     def correlation(self):
         """R (M, M): G with ones on its diagonal, R_ij = G_ij / sqrt(G_ii G_jj). Positive semidefinite, as G is a Gram matrix."""
@@ -213,6 +213,12 @@ def seen_windows(ckpt, n_tokens):
     if not len(starts):
         raise UserError("this checkpoint has seen no training text (step 0); train it first: python train.py --resume")
     return np.sort(starts)
+
+
+def sampled(starts, seed, keep):
+    """`keep` of the windows, drawn by seed, in corpus order; and all of them in the order of the draw."""
+    drawn = starts[np.random.default_rng(seed).permutation(len(starts))]
+    return np.sort(drawn[:keep]), drawn
 
 
 class Run:
@@ -291,16 +297,15 @@ class Run:
 
 # ----------------------------------------------------------------------------- index: one streaming pass
 
-def site_type(n):
-    return np.uint32 if n < 2 ** 32 else np.uint64
+def proto_type(n_proto):
+    return np.uint16 if n_proto <= 2 ** 16 else np.uint32
 
 
 def layout(meta):
     """-> {file: (dtype, shape)} of an index."""
     N, P, M, k, d, r = (meta[x] for x in ("sites", "postings", "n_proto", "top_k", "n_embd", "rank"))
-    small = np.uint16 if M <= 2 ** 16 else np.uint32
-    return {"positions": (np.int64, (N,)), "ids": (small, (N, k)), "gates": (np.float16, (N, k)), "errors": (np.float16, (N, r)),
-            "post_sites": (site_type(N), (P,)), "post_gates": (np.float16, (P,)), "post_start": (np.int64, (M + 1,)),
+    return {"positions": (np.int64, (N,)), "ids": (proto_type(M), (N, k)), "gates": (np.float16, (N, k)), "errors": (np.float16, (N, r)),
+            "post_sites": (np.uint32 if N < 2 ** 32 else np.uint64, (P,)), "post_gates": (np.float16, (P,)), "post_start": (np.int64, (M + 1,)),
             "weights": (np.float32, (M,)), "basis": (np.float32, (d, r)), "factors": (np.float32, (M, d, d)), "coactivation": (np.float32, (M, M))}
 
 
@@ -308,7 +313,7 @@ SITE_FILES = "positions", "ids", "gates", "errors"
 
 
 class Builder:
-    """Streams a run's windows into files of site records and the two sums of Curvature; goes on where it was interrupted."""
+    """Streams a run's windows into files of site records and the sums of Curvature; goes on where it was interrupted."""
 
     def __init__(self, run, cfg, rank=0, ranks=1):
         self.run, self.cfg, self.rank, self.ranks = run, cfg, rank, ranks
@@ -320,8 +325,8 @@ class Builder:
             raise UserError(f"rank is {cfg.rank}, expected at most n_embd = {c.n_embd}; mu is {cfg.mu}, expected above 0")
         all_starts = seen_windows(run.ckpt, len(run.tokens))
         keep = min(len(all_starts), -(-cfg.max_tokens // run.T) or len(all_starts))
-        draw = np.random.default_rng(cfg.seed).permutation(len(all_starts))
-        self.starts, self.pilot = np.sort(all_starts[draw[:keep]]), all_starts[draw[:max(1, min(keep, 2 ** 15 // run.T))]]
+        self.starts, drawn = sampled(all_starts, cfg.seed, keep)
+        self.pilot = drawn[:max(1, min(keep, 2 ** 15 // run.T))]
         self.window_weight = len(all_starts) / keep
         self.W = run.model.transformer.wte.weight
         self.rows = max(1, min(2 ** 13, 2 ** 25 // c.vocab_size) // run.T)  # windows a batch: its softmax is at most 128 MB
@@ -359,8 +364,7 @@ class Builder:
             ids, gates, g, positions = ids[some], gates[some], g[some], positions[some.numpy()]
         if self.basis is not None:
             g = g @ self.basis
-        small = np.uint16 if run.model.config.n_proto <= 2 ** 16 else np.uint32
-        return {"positions": positions, "ids": ids.numpy().astype(small), "gates": gates.half().numpy(), "errors": g.half().numpy()}
+        return {"positions": positions, "ids": ids.numpy().astype(proto_type(run.model.config.n_proto)), "gates": gates.half().numpy(), "errors": g.half().numpy()}
 
     def stream(self, show):
         """The pass of this rank: windows share by share, written at once; the state every minute, so that it can go on."""
@@ -372,18 +376,19 @@ class Builder:
             try:
                 s = torch.load(state, weights_only=True)
                 if s["key"] == key:
-                    for mine_, theirs in ((curvature.D, s["D"]), (curvature.S, s["S"]), (curvature.G, s["G"])):
-                        mine_.copy_(theirs)
+                    for n, u in curvature.sums.items():
+                        u.copy_(s[n])
                     done, sizes = s["done"], {n: s["sizes"][n] for n in SITE_FILES}
             except Exception:  # damaged: begin again
-                for u in (curvature.D, curvature.S, curvature.G):
+                for u in curvature.sums.values():
                     u.zero_()
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {n: open(self.folder / f"{n}.{self.rank}", "ab") for n in SITE_FILES}
         for n, f in files.items():
             if f.tell() < sizes[n]:
                 done, sizes = 0, dict.fromkeys(SITE_FILES, 0)
-                curvature.D.zero_(), curvature.S.zero_(), curvature.G.zero_()
+                for u in curvature.sums.values():
+                    u.zero_()
         for n, f in files.items():
             f.truncate(sizes[n])
 
@@ -393,7 +398,7 @@ class Builder:
                 os.fsync(f.fileno())
                 sizes[n] = f.tell()
             with atomic(state) as f:
-                torch.save(dict(key=key, D=curvature.D, S=curvature.S, G=curvature.G, done=done, sizes=sizes), f)
+                torch.save(dict(key=key, done=done, sizes=sizes, **curvature.sums), f)
         bar = tqdm(total=len(mine) * self.run.T, initial=done * self.run.T, unit="token", unit_scale=True, disable=not show or not sys.stderr.isatty())
         saved = told = time.perf_counter()
         cost = 0.0
@@ -421,7 +426,7 @@ class Builder:
         c, folder, cfg = self.run.model.config, self.folder, self.cfg
         if self.ranks > 1:
             import torch.distributed as dist
-            for u in (curvature.D, curvature.S, curvature.G):
+            for u in curvature.sums.values():
                 dist.all_reduce(u)
         if self.rank == 0:
             for n in SITE_FILES:
@@ -664,9 +669,9 @@ class Index:
         for name, (dtype, shape) in files.items():
             path, want = folder / f"{name}.bin", np.dtype(dtype).itemsize * math.prod(shape)
             size = path.stat().st_size if path.exists() else -1
-            if size != want and not (want == 0 and size >= 0):
+            if size != want:
                 raise UserError(f"{path} is {'missing' if size < 0 else f'{size} bytes'}, expected {want}; remove {folder}, then {again(out_dir)}")
-            setattr(self, name, np.memmap(path, dtype, "c", shape=shape) if want else np.zeros(shape, dtype))  # "c": torch wants it writable
+            setattr(self, name, np.memmap(path, dtype, "c", shape=shape))  # "c": torch wants it writable
         self.weights, self.post_start, self.basis = np.array(self.weights), np.array(self.post_start), torch.from_numpy(np.array(self.basis))
         starts = self.post_start
         if starts[0] != 0 or starts[-1] != meta["postings"] or (np.diff(starts) < 0).any():
@@ -699,9 +704,7 @@ class Index:
         """H^-1 b over all prototypes, b_i = a_ti g_t: conjugate gradients with the blocks as preconditioner; one pass over the
         indexed windows an iteration -> x (Q, M, r) in the stored basis, relative residual, iterations."""
         run, device, b = self.run, self.run.device, self.right_side(t)
-        all_starts = seen_windows(run.ckpt, len(run.tokens))
-        draw = np.random.default_rng(self.meta["seed"]).permutation(len(all_starts))
-        starts = np.sort(all_starts[draw[:self.meta["windows"]]])
+        starts, _ = sampled(seen_windows(run.ckpt, len(run.tokens)), self.meta["seed"], self.meta["windows"])
         rows = max(1, min(2 ** 12, 2 ** 24 // len(self.W)) // run.T)
 
         def product(v):
@@ -712,9 +715,9 @@ class Index:
             return (out * self.meta["window_weight"] + self.meta["mu"] * v).cpu()
 
         x, residual, iterations = conjugate_gradients(product, b, self.precondition, tol, tell=tell)
-        return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis, residual, iterations
+        return self.stored(x), residual, iterations
 
-    def solve_joined(self, t, tell=lambda i, r: None):
+    def solve_joined(self, t):
         """As solve_full with the blocks joined by co-activation: no pass over the corpus, seconds. The blocks' roots are made at the
         first call and kept in roots.bin. -> x (Q, M, r), relative residual, iterations."""
         path, L = self.folder / "roots.bin", torch.from_numpy(self.factors)
@@ -725,8 +728,12 @@ class Index:
                     f.write(root(L[i:i + 64] @ L[i:i + 64].mT - self.meta["mu"] * eye).numpy().tobytes())
         roots, R = torch.from_numpy(np.memmap(path, np.float32, "c", shape=self.factors.shape)), torch.from_numpy(np.array(self.coactivation))
         b = self.right_side(t)
-        x, residual, iterations = conjugate_gradients(lambda v: joined_product(L, roots, R, v), b, self.precondition, 0.01, 100, tell)
-        return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis, residual, iterations
+        x, residual, iterations = conjugate_gradients(lambda v: joined_product(L, roots, R, v), b, self.precondition, 0.01, 100)
+        return self.stored(x), residual, iterations
+
+    def stored(self, x):
+        """A solution x (Q, M, d) as the records want it: weighted, in their basis (Q, M, r)."""
+        return (x * torch.from_numpy(self.weights)[:, None]) @ self.basis
 
     def right_side(self, t):
         """b (Q, M, d), b_i = a_ti g_t."""
@@ -802,8 +809,9 @@ class Index:
         run = self.run
         sites = np.array([unit]) if level == "token" else np.arange(*np.searchsorted(self.site_doc, [unit, unit + 1])) if level == "document" \
             else np.flatnonzero(run.doc_source[self.site_doc] == unit)
-        of_site, of_proto = self.carriers(x, sites[::-(-len(sites) // 2 ** 15)])
-        best = sites[::-(-len(sites) // 2 ** 15)][(of_site * np.sign(score)).argmax()]
+        sites = sites[::-(-len(sites) // 2 ** 15)]
+        of_site, of_proto = self.carriers(x, sites)
+        best = sites[(of_site * np.sign(score)).argmax()]
         position, doc = int(self.positions[best]), int(self.site_doc[best])
         shares = of_proto / (of_site.sum() or 1.0)
         before, token, after = run.around(position)
