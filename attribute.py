@@ -43,7 +43,7 @@ from tqdm import tqdm
 from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_tokenizer, parse_config, pick_device,
                    run_main, set_up_ranks, window_starts)
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 4096  # postings or sites read at a time: their error vectors stay in the cache
 
 
@@ -303,10 +303,11 @@ def proto_type(n_proto):
 
 def layout(meta):
     """-> {file: (dtype, shape)} of an index."""
-    N, P, M, k, d, r = (meta[x] for x in ("sites", "postings", "n_proto", "top_k", "n_embd", "rank"))
+    N, P, R, M, k, d, r = (meta[x] for x in ("sites", "postings", "pairs", "n_proto", "top_k", "n_embd", "rank"))
+    sums = {"pair_docs": (np.int32, (R,)), "pair_sums": (np.float32, (R, r)), "pair_start": (np.int64, (M + 1,))}
     return {"positions": (np.int64, (N,)), "ids": (proto_type(M), (N, k)), "gates": (np.float16, (N, k)), "errors": (np.float16, (N, r)),
             "post_sites": (np.uint32 if N < 2 ** 32 else np.uint64, (P,)), "post_gates": (np.float16, (P,)), "post_start": (np.int64, (M + 1,)),
-            "weights": (np.float32, (M,)), "basis": (np.float32, (d, r)), "factors": (np.float32, (M, d, d)), "coactivation": (np.float32, (M, M))}
+            "weights": (np.float32, (M,)), "basis": (np.float32, (d, r)), "factors": (np.float32, (M, d, d)), "coactivation": (np.float32, (M, M)), **(sums if R else {})}
 
 
 SITE_FILES = "positions", "ids", "gates", "errors"
@@ -378,6 +379,7 @@ class Builder:
                 if s["key"] == key:
                     for n, u in curvature.sums.items():
                         u.copy_(s[n])
+                    self.keep_p, self.basis = s["keep_p"], s["basis"]
                     done, sizes = s["done"], {n: s["sizes"][n] for n in SITE_FILES}
             except Exception:  # damaged: begin again
                 for u in curvature.sums.values():
@@ -398,7 +400,7 @@ class Builder:
                 os.fsync(f.fileno())
                 sizes[n] = f.tell()
             with atomic(state) as f:
-                torch.save(dict(key=key, done=done, sizes=sizes, **curvature.sums), f)
+                torch.save(dict(key=key, done=done, sizes=sizes, keep_p=self.keep_p, basis=self.basis, **curvature.sums), f)
         bar = tqdm(total=len(mine) * self.run.T, initial=done * self.run.T, unit="token", unit_scale=True, disable=not show or not sys.stderr.isatty())
         saved = told = time.perf_counter()
         cost = 0.0
@@ -430,16 +432,23 @@ class Builder:
                 dist.all_reduce(u)
         if self.rank == 0:
             for n in SITE_FILES:
-                with atomic(folder / f"{n}.bin") as f:
-                    for r in range(self.ranks):
-                        with open(folder / f"{n}.{r}", "rb") as part:
-                            shutil.copyfileobj(part, f, 2 ** 24)
+                parts, whole = [folder / f"{n}.{r}" for r in range(self.ranks)], folder / f"{n}.bin"
+                whole.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    if self.ranks == 1:
+                        os.link(parts[0], whole)  # one file under two names: no second copy on the disk
+                if not whole.exists():
+                    with atomic(whole) as f:
+                        for path in parts:
+                            with open(path, "rb") as part:
+                                shutil.copyfileobj(part, f, 2 ** 24)
             N = (folder / "positions.bin").stat().st_size // 8
             if not N:
                 raise UserError(f"no token is left with cap={cfg.cap} and max_tokens={cfg.max_tokens}; raise them")
-            meta = self.key | dict(sites=N, postings=0, n_proto=c.n_proto, top_k=c.top_k, n_embd=c.n_embd, block_size=self.run.T,
+            meta = self.key | dict(sites=N, postings=0, pairs=0, n_proto=c.n_proto, top_k=c.top_k, n_embd=c.n_embd, block_size=self.run.T,
                                    windows=len(self.starts), window_weight=self.window_weight)
             meta["postings"] = self._postings(meta)
+            meta["pairs"] = self._sums(meta)
             weights = torch.full((c.n_proto,), self.window_weight) / (1.0 if self.keep_p is None else self.keep_p)
             for n, a in (("weights", weights), ("coactivation", curvature.correlation().cpu()), ("basis", torch.eye(c.n_embd) if self.basis is None else self.basis)):
                 (folder / f"{n}.bin").write_bytes(a.numpy().astype(np.float32).tobytes())
@@ -448,7 +457,7 @@ class Builder:
             dist.barrier()
         factors = np.memmap(folder / "factors.bin", np.float32, "r+", shape=(c.n_proto, c.n_embd, c.n_embd))
         for i in tqdm(range(self.rank, c.n_proto, self.ranks), unit="block", disable=not show or not sys.stderr.isatty()):
-            factors[i] = torch.linalg.cholesky(curvature.block(i, cfg.mu, self.window_weight).double()).float().cpu().numpy()
+            factors[i] = torch.linalg.cholesky(curvature.block(i, cfg.mu, self.window_weight).cpu().double()).float().numpy()
         factors.flush()
         if self.ranks > 1:
             dist.barrier()
@@ -499,28 +508,65 @@ class Builder:
         (self.folder / "post_start.bin").write_bytes(start.tobytes())
         return int(start[-1])
 
+    def _sums(self, meta):
+        """What each document adds up to in each prototype, sum_s a_si g_s: with it a document's score takes one product a prototype.
+        Kept where there are no more (prototype, document) pairs than sites -> their number, or 0."""
+        def mapped(n):
+            return np.memmap(self.folder / f"{n}.bin", layout(meta)[n][0], "c", shape=layout(meta)[n][1])
+        sites, gates, start, errors = mapped("post_sites"), mapped("post_gates"), mapped("post_start"), torch.from_numpy(mapped("errors"))
+        doc = self.run.documents_of(mapped("positions"))
+
+        def runs(i):
+            """doc (n,) of prototype i's postings, ascending; the first posting of each document."""
+            d = doc[sites[start[i]:start[i + 1]]]
+            return d, np.flatnonzero(np.diff(d, prepend=-1))
+        counts = np.array([len(runs(i)[1]) for i in range(meta["n_proto"])])
+        if counts.sum() > meta["sites"]:
+            return 0
+        with open(self.folder / "pair_docs.bin", "wb") as docs, open(self.folder / "pair_sums.bin", "wb") as sums:
+            for i in range(meta["n_proto"]):
+                d, first = runs(i)
+                row = torch.from_numpy(np.repeat(np.arange(len(first)), np.diff(first, append=len(d))))
+                out = torch.zeros(len(first), meta["rank"], dtype=torch.float64)
+                for lo in range(0, len(d), CHUNK):
+                    at = slice(start[i] + lo, min(start[i] + lo + CHUNK, start[i + 1]))
+                    a = torch.from_numpy(gates[at].astype(np.float64))
+                    out.index_add_(0, row[lo:lo + CHUNK], F.embedding(torch.from_numpy(sites[at].astype(np.int64)), errors).double() * a[:, None])
+                docs.write(d[first].astype(np.int32).tobytes())
+                sums.write(out.float().numpy().tobytes())
+        (self.folder / "pair_start.bin").write_bytes(np.concatenate(([0], counts.cumsum())).astype(np.int64).tobytes())
+        return int(counts.sum())
+
     def estimate(self):
-        """Times a few batches -> seconds, bytes of memory at the peak, bytes on disk."""
+        """Times a few batches -> seconds, bytes of memory at the peak, bytes on disk, the same while it is made."""
         c, N = self.run.model.config, len(self.starts) * self.run.T
-        curvature = Curvature(self.W, c.n_proto)
-        times, kept = [], 0
+        curvature, fires = Curvature(self.W, c.n_proto), np.zeros(c.n_proto)
+        times, kept, seen = [], 0, 0
         for i in range(4):
             part, t0 = self.pilot[i * self.rows:(i + 1) * self.rows], time.perf_counter()
             if len(part):
                 out = self.batch(part, curvature)
                 times.append((time.perf_counter() - t0) / len(part))
                 kept = len(out["positions"]) / (len(part) * self.run.T)
+                fires += np.bincount(out["ids"][out["gates"] > 0], minlength=c.n_proto)
+                seen += len(part) * self.run.T
         t0 = time.perf_counter()
         blocks = min(8, c.n_proto)
         for i in range(blocks):
-            torch.linalg.cholesky(curvature.block(i, self.cfg.mu).double())
+            torch.linalg.cholesky(curvature.block(i, self.cfg.mu).cpu().double())
         per_block = (time.perf_counter() - t0) / blocks
-        meta = dict(sites=int(N * kept), postings=int(min(N * c.top_k, (self.cfg.cap or N * c.top_k) * c.n_proto)), n_proto=c.n_proto,
+        length = np.diff(self.run.doc_start, append=len(self.run.tokens)) * N / len(self.run.tokens)  # indexed tokens a document
+        some = length[::-(-len(length) // 1000)]
+        pairs = int(sum((1 - (1 - fires / seen) ** n).sum() for n in some) * len(length) / len(some))
+        meta = dict(sites=int(N * kept), pairs=pairs if pairs <= N * kept else 0, postings=int(min(N * c.top_k, (self.cfg.cap or N * c.top_k) * c.n_proto)), n_proto=c.n_proto,
                     top_k=c.top_k, n_embd=c.n_embd, rank=self.key["rank"])
-        disk = sum(np.dtype(t).itemsize * math.prod(shape) for t, shape in layout(meta).values())
+        sizes = {n: np.dtype(t).itemsize * math.prod(shape) for n, (t, shape) in layout(meta).items()}
+        disk, state = sum(sizes.values()), 4 * sum(u.numel() for u in curvature.sums.values())
+        making = disk + (self.ranks + 1) * state + (sum(sizes[n] for n in SITE_FILES) if self.ranks > 1 else 0)
         seconds = (sorted(times)[len(times) // 2] * len(self.starts) + per_block * c.n_proto) / self.ranks
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return seconds, memory, disk
+        memory = torch.cuda.max_memory_allocated() if self.run.device.type == "cuda" else \
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return seconds, memory, disk, making
 
 
 @contextlib.contextmanager
@@ -550,9 +596,10 @@ def index(argv):
         print(f"{n:,} training tokens in {len(builder.starts):,} windows, weight {builder.window_weight:.3g}; {run.model.config.n_proto} prototypes; "
               f"mu {cfg.mu:g}; {ranks} rank{'s' * (ranks > 1)}, {device}", flush=True)
     if cfg.dry_run:
-        seconds, memory, disk = builder.estimate()
+        seconds, memory, disk, making = builder.estimate()
         if show:
-            print(f"will take about {seconds:.0f} s, {memory / 1e6:,.0f} MB of memory a rank, {disk / 1e6:,.0f} MB of disk ({disk / n:.0f} bytes a token)")
+            print(f"will take about {seconds:.0f} s, {memory / 1e6:,.0f} MB of {'GPU ' * (device.type == 'cuda')}memory a rank, {disk / 1e6:,.0f} MB of disk "
+                  f"({disk / n:.0f} bytes a token), {making / 1e6:,.0f} MB while it is made, beside an older index")
         return
     final = run.out_dir / "attribution"
     ready, finished = builder.made(final), builder.made(builder.folder)
@@ -655,17 +702,19 @@ class Index:
         try:
             self.meta = meta = json.loads((folder / "meta.json").read_text("utf-8"))
             c = run.model.config
-            if any(type(meta[n]) is not int or meta[n] < 1 for n in ("sites", "postings", "rank", "windows")) or meta["window_weight"] < 1 or not meta["mu"] > 0 \
+            stale = [n for n, v in (("format", FORMAT), ("checkpoint", run.hash), ("data", run.meta["sha256"]["train.bin"])) if meta[n] != v]
+            if stale:
+                raise UserError(f"{folder} was made for another {' and '.join(stale)}; {again(out_dir)}")
+            if any(type(meta[n]) is not int or meta[n] < (n != "pairs") for n in ("sites", "postings", "pairs", "rank", "windows")) or meta["window_weight"] < 1 or not meta["mu"] > 0 \
                     or [meta[n] for n in ("n_proto", "top_k", "n_embd")] != [c.n_proto, c.top_k, c.n_embd]:
                 raise ValueError("its numbers do not fit the model")
             files = layout(meta)
-            stale = [n for n, v in (("format", FORMAT), ("checkpoint", run.hash), ("data", run.meta["sha256"]["train.bin"])) if meta[n] != v]
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"no index in {folder}; {again(out_dir)}") from None
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{folder}/meta.json is damaged ({type(e).__name__}: {e}); {again(out_dir)}") from None
-        if stale:
-            raise UserError(f"{folder} was made for another {' and '.join(stale)}; {again(out_dir)}")
         for name, (dtype, shape) in files.items():
             path, want = folder / f"{name}.bin", np.dtype(dtype).itemsize * math.prod(shape)
             size = path.stat().st_size if path.exists() else -1
@@ -673,15 +722,18 @@ class Index:
                 raise UserError(f"{path} is {'missing' if size < 0 else f'{size} bytes'}, expected {want}; remove {folder}, then {again(out_dir)}")
             setattr(self, name, np.memmap(path, dtype, "c", shape=shape))  # "c": torch wants it writable
         self.weights, self.post_start, self.basis = np.array(self.weights), np.array(self.post_start), torch.from_numpy(np.array(self.basis))
-        starts = self.post_start
-        if starts[0] != 0 or starts[-1] != meta["postings"] or (np.diff(starts) < 0).any():
-            raise UserError(f"{folder}/post_start.bin is damaged; remove {folder}, then {again(out_dir)}")
+        for name, starts, n in (("post_start", self.post_start, meta["postings"]), ("pair_start", self.pair_start if meta["pairs"] else np.zeros(1, int), meta["pairs"])):
+            if starts[0] != 0 or starts[-1] != n or (np.diff(starts) < 0).any():
+                raise UserError(f"{folder}/{name}.bin is damaged; remove {folder}, then {again(out_dir)}")
         if self.positions[0] < 1 or self.positions[-1] >= len(run.tokens):
             raise UserError(f"{folder}/positions.bin is damaged; remove {folder}, then {again(out_dir)}")
         self.errors_t = torch.from_numpy(self.errors)
         self.W = run.model.transformer.wte.weight
         self.site_doc = run.documents_of(self.positions).astype(np.int32)  # sites are in corpus order: documents are contiguous
         self.units = {"token": meta["sites"], "document": len(run.titles), "source": len(run.sources)}
+
+    def damaged(self):
+        return UserError(f"{self.folder} is damaged; remove it, then {again(self.run.out_dir)}")
 
     # -- targets and their vectors
 
@@ -762,24 +814,38 @@ class Index:
                 row += np.bincount(self.run.doc_source[doc], values, len(row))
 
     def scan(self, t, u, level):
-        """Reads the posting list of each prototype that a target uses once, for all targets: one matrix product a chunk.
-        u (Q, k, r) of solve() -> (Q, units) float64."""
-        out = np.zeros((len(t.ids), self.units[level]))
+        """Reads the posting list of each prototype that a target uses once, for all targets: one matrix product a chunk. For
+        documents and sources it reads their sums instead, if the index has them. u (Q, k, r) of solve() -> (Q, units) float64."""
         ids, used = t.ids.numpy(), (t.gates > 0).numpy()
-        for i in np.unique(ids[used]):
-            q, j = np.nonzero((ids == i) & used)
+        lists = ((i, *np.nonzero((ids == i) & used)) for i in np.unique(ids[used]))
+        if level != "token" and self.meta["pairs"]:
+            return self.scan_sums(((i, q, u[q, j]) for i, q, j in lists), len(ids), level)
+        out = np.zeros((len(ids), self.units[level]))
+        for i, q, j in lists:
             v, mine = u[q, j].T.contiguous(), np.zeros((len(q), out.shape[1])) if len(q) > 1 else out[q[0]:q[0] + 1]
             for lo in range(self.post_start[i], self.post_start[i + 1], CHUNK):
                 hi = min(lo + CHUNK, self.post_start[i + 1])
                 sites = self.post_sites[lo:hi].astype(np.int64)
-                e = self.errors_t.index_select(0, torch.from_numpy(sites)).float()             # (n, r) g_s
+                e = F.embedding(torch.from_numpy(sites), self.errors_t).float()                # (n, r) g_s
                 self.add(mine, level, sites, (e @ v).numpy() * self.post_gates[lo:hi, None].astype(np.float32))
             if len(q) > 1:
                 out[q] += mine                                                                 # a target names a prototype once
         return out
 
+    def scan_sums(self, lists, n, level):
+        """lists: a prototype i, targets q, and their vectors (len(q), r); n targets in all -> (n, units) float64."""
+        out = np.zeros((n, self.units["document"]))
+        for i, q, v in lists:
+            at = slice(self.pair_start[i], self.pair_start[i + 1])
+            scores, docs = (torch.from_numpy(self.pair_sums[at]) @ v.T).numpy(), self.pair_docs[at]
+            for row, column in zip(q, scores.T):
+                out[row, docs] += column
+        return out if level == "document" else np.stack([np.bincount(self.run.doc_source, row, self.units["source"]) for row in out])
+
     def scan_all(self, x, level):
-        """Every site against x (Q, M, r): sum_j a_sj x_j . g_s -> (Q, units) float64."""
+        """Every site against x (Q, M, r): sum_j a_sj x_j . g_s -> (Q, units) float64. Documents and sources as in scan()."""
+        if level != "token" and self.meta["pairs"]:
+            return self.scan_sums(((i, range(len(x)), x[:, i]) for i in range(x.size(1))), len(x), level)
         out = np.zeros((len(x), self.units[level]))
         for lo in range(0, self.meta["sites"], CHUNK):
             ids, gates = (torch.from_numpy(a[lo:lo + CHUNK].astype(b)) for a, b in ((self.ids, np.int64), (self.gates, np.float32)))
@@ -811,6 +877,8 @@ class Index:
             else np.flatnonzero(run.doc_source[self.site_doc] == unit)
         sites = sites[::-(-len(sites) // 2 ** 15)]
         of_site, of_proto = self.carriers(x, sites)
+        if not np.isfinite(of_site).all():
+            raise self.damaged()
         best = sites[(of_site * np.sign(score)).argmax()]
         position, doc = int(self.positions[best]), int(self.site_doc[best])
         shares = of_proto / (of_site.sum() or 1.0)
@@ -864,7 +932,6 @@ class Index:
         t = Targets(sum((own.tokens for _, own in every), []), *(torch.cat([getattr(own, n) for _, own in every])
                                                                   for n in ("ids", "gates", "errors", "loss")))
         M, self.solved = self.meta["n_proto"], None
-        damaged = UserError(f"{self.folder} is damaged; remove it, then {again(self.run.out_dir)}")
         if hessian in ("full", "joined"):
             x, *self.solved = self.solve_full(t, tell=tell) if hessian == "full" else self.solve_joined(t)
             scores = self.scan_all(x, level)
@@ -873,10 +940,10 @@ class Index:
             try:
                 scores = self.scan(t, u, level)
             except (IndexError, RuntimeError):
-                raise damaged from None
+                raise self.damaged() from None
             x = [torch.zeros(M, u.size(2)).index_put_((i,), v) for i, v in zip(t.ids, u)]
         if not np.isfinite(scores).all():
-            raise damaged
+            raise self.damaged()
         found, q = [], 0
         for prompt, own in every:
             mine, q = slice(q, q + len(own.tokens)), q + len(own.tokens)

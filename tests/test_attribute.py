@@ -161,6 +161,10 @@ def test_scores_against_plain_loops_and_they_add_up(made, kind):
         source[d % 2] += s
     assert np.abs(answers["document"].scores - doc).max() < 1e-5 * np.abs(doc).max()
     assert np.abs(answers["source"].scores - source).max() < 1e-5 * np.abs(source).max()
+    assert index.meta["pairs"] > 0  # those came from the documents' sums; the posting lists say the same
+    index.meta["pairs"] = 0
+    for level in ("document", "source"):
+        assert np.abs(answers[level].scores - index.query("the cat", " sat", level=level, hessian=kind).scores).max() < 1e-5 * np.abs(doc).max()
     parts = [index.query("the cat" + " sat"[:i], " sat"[i:i + 1], level="token", hessian=kind).scores for i in range(4)]
     assert np.abs(sum(parts) - token.scores).max() < 1e-5 * np.abs(token.scores).max()  # linear in the target too
     assert token.loss == pytest.approx(sum(t["loss"] for t in token.tokens)) and len(token.tokens) == 4
@@ -381,7 +385,7 @@ def test_bad_input_is_refused(made, own):
             attribute.main(["index", f"--out_dir={own}", *words])
     with pytest.raises(UserError, match="does not exist; train a model first"):
         Index(own / "nowhere")
-    for name, content in (("factors", 0.0), ("errors", np.nan), ("weights", np.inf)):
+    for name, content in (("factors", 0.0), ("errors", np.nan), ("pair_sums", np.nan), ("weights", np.inf)):
         whole = (own / f"attribution/{name}.bin").read_bytes()
         dtype = np.float16 if name == "errors" else np.float32
         (own / f"attribution/{name}.bin").write_bytes(np.full(len(whole) // dtype(0).itemsize, content, dtype).tobytes())
