@@ -41,9 +41,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_tokenizer, parse_config, pick_device,
-                   run_main, set_up_ranks, window_starts)
+                   read_metrics, run_main, set_up_ranks, window_starts)
 
 FORMAT = 2
+MU_SHARE = 0.03
 CHUNK = 4096  # postings or sites read at a time: their error vectors stay in the cache
 
 
@@ -52,7 +53,7 @@ CHUNK = 4096  # postings or sites read at a time: their error vectors stay in th
 @dataclass
 class IndexConfig:
     out_dir: str = "out"      # the run; its ckpt.pt is indexed
-    mu: float = 0.1           # damping: mu I is added to each block
+    mu: float = 0.0           # damping: mu I is added to each block; 0 takes MU_SHARE of the median block's mean eigenvalue
     max_tokens: int = 0       # index a random sample of windows of this many tokens; 0 takes all
     cap: int = 0              # postings kept a prototype, about, drawn at random and weighted up; 0 keeps all
     rank: int = 0             # directions kept of each error vector; 0 keeps all
@@ -147,6 +148,11 @@ class Curvature:
         """H_i (d, d), of sums that stand for `weight` times their tokens."""
         H = weight * ((self.W.T * self.D[i]) @ self.W - self.S[i])
         return (H + H.T) / 2 + mu * torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+    def size(self):
+        """The median over blocks of their mean eigenvalue, tr H_i / d, without mu. Prototypes that never fire do not count."""
+        mean = (self.D @ self.W.square().sum(1) - self.S.diagonal(dim1=1, dim2=2).sum(1)) / self.W.size(1)
+        return mean[mean > 0].median().item() if (mean > 0).any() else 1.0
 
     def correlation(self):
         """R (M, M): G with ones on its diagonal, R_ij = G_ij / sqrt(G_ii G_jj). Positive semidefinite, as G is a Gram matrix."""
@@ -322,8 +328,8 @@ class Builder:
         for name in ("max_tokens", "cap", "rank"):
             if getattr(cfg, name) < 0:
                 raise UserError(f"{name} is {getattr(cfg, name)}, expected at least 0")
-        if cfg.rank > c.n_embd or not 0 < cfg.mu < math.inf:
-            raise UserError(f"rank is {cfg.rank}, expected at most n_embd = {c.n_embd}; mu is {cfg.mu}, expected above 0")
+        if cfg.rank > c.n_embd or not 0 <= cfg.mu < math.inf:
+            raise UserError(f"rank is {cfg.rank}, expected at most n_embd = {c.n_embd}; mu is {cfg.mu}, expected 0 or more")
         all_starts = seen_windows(run.ckpt, len(run.tokens))
         keep = min(len(all_starts), -(-cfg.max_tokens // run.T) or len(all_starts))
         self.starts, drawn = sampled(all_starts, cfg.seed, keep)
@@ -331,7 +337,7 @@ class Builder:
         self.window_weight = len(all_starts) / keep
         self.W = run.model.transformer.wte.weight
         self.rows = max(1, min(2 ** 13, 2 ** 25 // c.vocab_size) // run.T)  # windows a batch: its softmax is at most 128 MB
-        self.key = dict(format=FORMAT, checkpoint=run.hash, data=run.meta["sha256"]["train.bin"], mu=cfg.mu, max_tokens=cfg.max_tokens,
+        self.key = dict(format=FORMAT, checkpoint=run.hash, data=run.meta["sha256"]["train.bin"], mu_asked=cfg.mu, max_tokens=cfg.max_tokens,
                         cap=cfg.cap, rank=cfg.rank or c.n_embd, seed=cfg.seed)
         self.folder = run.out_dir / "attribution.part"
         self.keep_p, self.basis = self._pilot()
@@ -430,6 +436,7 @@ class Builder:
             import torch.distributed as dist
             for u in curvature.sums.values():
                 dist.all_reduce(u)
+        mu = cfg.mu or MU_SHARE * self.window_weight * curvature.size()
         if self.rank == 0:
             for n in SITE_FILES:
                 parts, whole = [folder / f"{n}.{r}" for r in range(self.ranks)], folder / f"{n}.bin"
@@ -446,7 +453,7 @@ class Builder:
             if not N:
                 raise UserError(f"no token is left with cap={cfg.cap} and max_tokens={cfg.max_tokens}; raise them")
             meta = self.key | dict(sites=N, postings=0, pairs=0, n_proto=c.n_proto, top_k=c.top_k, n_embd=c.n_embd, block_size=self.run.T,
-                                   windows=len(self.starts), window_weight=self.window_weight)
+                                   windows=len(self.starts), window_weight=self.window_weight, mu=mu)
             meta["postings"] = self._postings(meta)
             meta["pairs"] = self._sums(meta)
             weights = torch.full((c.n_proto,), self.window_weight) / (1.0 if self.keep_p is None else self.keep_p)
@@ -457,7 +464,7 @@ class Builder:
             dist.barrier()
         factors = np.memmap(folder / "factors.bin", np.float32, "r+", shape=(c.n_proto, c.n_embd, c.n_embd))
         for i in tqdm(range(self.rank, c.n_proto, self.ranks), unit="block", disable=not show or not sys.stderr.isatty()):
-            factors[i] = torch.linalg.cholesky(curvature.block(i, cfg.mu, self.window_weight).cpu().double()).float().numpy()
+            factors[i] = torch.linalg.cholesky(curvature.block(i, mu, self.window_weight).cpu().double()).float().numpy()
         factors.flush()
         if self.ranks > 1:
             dist.barrier()
@@ -553,7 +560,7 @@ class Builder:
         t0 = time.perf_counter()
         blocks = min(8, c.n_proto)
         for i in range(blocks):
-            torch.linalg.cholesky(curvature.block(i, self.cfg.mu).cpu().double())
+            torch.linalg.cholesky(curvature.block(i, 1.0).cpu().double())
         per_block = (time.perf_counter() - t0) / blocks
         length = np.diff(self.run.doc_start, append=len(self.run.tokens)) * N / len(self.run.tokens)  # indexed tokens a document
         some = length[::-(-len(length) // 1000)]
@@ -594,7 +601,7 @@ def index(argv):
     n = len(builder.starts) * run.T
     if show:
         print(f"{n:,} training tokens in {len(builder.starts):,} windows, weight {builder.window_weight:.3g}; {run.model.config.n_proto} prototypes; "
-              f"mu {cfg.mu:g}; {ranks} rank{'s' * (ranks > 1)}, {device}", flush=True)
+              f"{ranks} rank{'s' * (ranks > 1)}, {device}", flush=True)
     if cfg.dry_run:
         seconds, memory, disk, making = builder.estimate()
         if show:
@@ -624,6 +631,8 @@ def index(argv):
         held = np.unique(run.documents_of(np.fromfile(final / "positions.bin", np.int64)))
         if len(held) < len(run.titles):
             print(f"{len(run.titles) - len(held)} of {len(run.titles)} documents have no indexed token; their scores are 0")
+        mu = json.loads((final / "meta.json").read_text("utf-8"))["mu"]
+        print(f"damping mu {mu:.3g}" + (f", {MU_SHARE:g} of the median block's mean eigenvalue" if not cfg.mu else ""))
         print(f"{final}: {size / 1e6:,.0f} MB in {time.perf_counter() - t0:.0f} s. Next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")
     if ranks > 1:
         torch.distributed.barrier()
@@ -1136,25 +1145,21 @@ def report_data(index, prompt="", max_new_tokens=12):
     run, out_dir = index.run, index.run.out_dir
     c, train = run.model.config, run.ckpt["train_config"]
 
-    def table(folder):
-        try:
-            columns, *rows = [line.split(",") for line in (folder / "metrics.csv").read_text("utf-8").splitlines()]
-            rows = [[float(x) if x and math.isfinite(float(x)) else None for x in row] for row in rows]
-            known = [columns.index(n) for n in ("val_ce", "val_ce_prototypes", "residual_share")[:None if "-dense" not in folder.name else 1]]
-            return columns, [r for r in rows if len(r) == len(columns) and all(r[i] is not None for i in known)]
-        except (OSError, ValueError, IndexError):
-            return [], []
-    columns, rows = table(out_dir)
+    def evaluated(folder):
+        """Rows of metrics.csv that hold a validation loss; what is not finite is None, as JSON has it."""
+        rows = [{n: x if x is not None and math.isfinite(x) else None for n, x in r.items()} for r in read_metrics(folder / "metrics.csv")]
+        return [r for r in rows if r.get("val_ce") is not None]
+    rows = evaluated(out_dir)
     facts = [["dataset", run.meta["name"]], ["parameters", f"{sum(p.numel() for p in run.model.parameters()):,}"],
              ["shape", f"{c.n_layer} layers, width {c.n_embd}, context {c.block_size}"], ["prototypes", f"{c.n_proto:,}, at most {c.top_k} a token"],
              ["steps", f"{run.ckpt['step']:,} of {train['total_batch_tokens']:,} tokens"], ["seed", str(train["seed"])],
              ["checkpoint", run.hash[:12]], ["tokens indexed", f"{index.meta['sites']:,}"], ["damping mu", f"{index.meta['mu']:g}"]]
     if rows:
-        best = min(rows, key=lambda r: r[columns.index("val_ce")])
-        facts += [[n, f"{best[columns.index(k)]:.4f}"] for n, k in (("validation cross-entropy, nats a token", "val_ce"),
-                  ("the same without the residual", "val_ce_prototypes"), ("residual's share of energy", "residual_share"))]
-    twin_columns, twin = table(out_dir.with_name(out_dir.name + "-dense"))
-    facts.append(["the dense twin's validation cross-entropy", f"{min(r[twin_columns.index('val_ce')] for r in twin):.4f}" if twin else
+        best = min(rows, key=lambda r: r["val_ce"])
+        facts += [[n, f"{best[k]:.4f}"] for n, k in (("validation cross-entropy, nats a token", "val_ce"),
+                  ("the same without the residual", "val_ce_prototypes"), ("residual's share of energy", "residual_share")) if best.get(k) is not None]
+    twin = evaluated(out_dir.with_name(out_dir.name + "-dense"))
+    facts.append(["the dense twin's validation cross-entropy", f"{min(r['val_ce'] for r in twin):.4f}" if twin else
                   f"not trained: python train.py --n_proto=0 --out_dir={out_dir.name}-dense"])
     made = Cards(index)
     P = run.model.prototypes.cpu()
@@ -1174,7 +1179,7 @@ def report_data(index, prompt="", max_new_tokens=12):
     busiest = np.argsort(-density, kind="stable")[:2048]
     return {"title": f"PRISM: {out_dir.name} on {run.meta['name']}", "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "run": facts,
             "loss_png": "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode() if png.exists() else None,
-            "loss_alt": "training and validation loss by tokens; the head's terms beside them", "terms": {"columns": columns, "rows": rows[-60:]},
+            "loss_alt": "training and validation loss by tokens; the head's terms beside them", "terms": {"columns": [*rows[0]] if rows else [], "rows": [[*r.values()] for r in rows[-60:]]},
             "health": {"density": density.tolist(), "spectrum": torch.linalg.svdvals(P).tolist(), "pairs": [[i, j, v] for (i, j), v in near]},
             "texts": texts, "cards": [made.card(i) for i in tqdm(sorted(busiest.tolist()), unit="card", disable=not sys.stderr.isatty())], "gains": None,
             "reproduce": [f"python data/prepare.py  # {run.meta.get('command', '')}", f"python train.py --dataset={train['dataset']} --out_dir={out_dir.name} --seed={train['seed']}",

@@ -11,6 +11,7 @@ From Python: model, _ = load_checkpoint("out"); logits, loss = model(idx, target
 """
 import base64
 import contextlib
+import csv
 import difflib
 import hashlib
 import inspect
@@ -511,6 +512,19 @@ def load_gains(path, model):
     gains = torch.ones(M, device=model.prototypes.device)
     gains[torch.tensor(ids, dtype=torch.long)] = torch.tensor(values, dtype=torch.float32, device=gains.device)
     return gains
+
+
+def read_metrics(path):
+    """The rows of a metrics.csv, numbers or None; [] where there is no file. Raises UserError if it is damaged."""
+    if not Path(path).exists():
+        return []
+    try:
+        with open(path, newline="") as f:
+            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+            assert all({"step", "tokens"} <= row.keys() for row in rows)
+            return rows
+    except (ValueError, TypeError, AssertionError, csv.Error) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__} {e}); restore it, or move it away to start a new one") from None
 
 
 def load_tokenizer(folder):

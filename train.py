@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from prism import (PRISM, LinearCrossEntropy, PRISMConfig, UserError, atomic, dataset_folder, load_dataset, load_tensors, load_weights,
-                   parse_config, run_main, set_up_ranks, window_starts)
+                   parse_config, read_metrics, run_main, set_up_ranks, window_starts)
 
 
 # ----------------------------------------------------------------------------- configuration
@@ -187,19 +187,6 @@ def writing(path):
     except (OSError, RuntimeError) as e:  # torch.save wraps the former in the latter
         raise UserError(f"{path} could not be written ({str(e).splitlines()[0]}); what was there before is untouched. "
                         "Free some space, then go on with --resume") from None
-
-
-def read_metrics(path):
-    """The rows of a metrics.csv, numbers or None; [] where there is no file. Raises UserError if it is damaged."""
-    if not Path(path).exists():
-        return []
-    try:
-        with open(path, newline="") as f:
-            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
-            assert all({"step", "tokens"} <= row.keys() for row in rows)
-            return rows
-    except (ValueError, TypeError, AssertionError, csv.Error) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__} {e}); restore it, or move it away to start a new one") from None
 
 
 def write_metrics(out_dir, rows):

@@ -136,7 +136,8 @@ def main(argv):
     losses, b = np.stack(losses), query_vectors(index, idx, targets)
     L, eye = torch.from_numpy(index.factors), torch.eye(index.meta["n_embd"])
     H = L @ L.mT - index.meta["mu"] * eye
-    size = (H.diagonal(dim1=1, dim2=2).mean(1)).median().item()
+    mean = H.diagonal(dim1=1, dim2=2).mean(1)
+    size = mean[mean > 0].median().item()
     result = dict(options=asdict(cfg), command="python experiments/lds.py " + " ".join(argv), torch=torch.__version__, machine=f"{platform.machine()}, {os.cpu_count()} cores",
                   documents=D, median_mean_eigenvalue=size, lds={})
 

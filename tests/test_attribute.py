@@ -60,6 +60,8 @@ def test_blocks_and_joint_product_against_the_autograd_hessian():
         block = c.block(i, 0.3)
         want = H[i, :, i] + 0.3 * torch.eye(6, dtype=torch.float64)
         assert (block - want).norm() / want.norm() < 1e-8
+    means = [torch.linalg.eigvalsh(H[i, :, i]).mean().item() for i in range(len(P))]
+    assert c.size() == pytest.approx(sorted(x for x in means if x > 1e-12)[(sum(x > 1e-12 for x in means) - 1) // 2], rel=1e-9)
     v = torch.randn(2, *P.shape, dtype=torch.float64)
     want = torch.einsum("iajb,qjb->qia", H, v)
     got = curvature_product(W, ids, gates, pi, v)
@@ -379,7 +381,7 @@ def test_bad_input_is_refused(made, own):
         attribute.main([])
     with pytest.raises(UserError, match="'indx'; expected index, query"):
         attribute.main(["indx"])
-    for words, message in ((["--mu=0"], "mu is 0.0, expected above 0"), (["--rank=17"], "rank is 17, expected at most n_embd = 16"),
+    for words, message in ((["--mu=-1"], "mu is -1.0, expected 0 or more"), (["--rank=17"], "rank is 17, expected at most n_embd = 16"),
                            (["--cap=-1"], "cap is -1"), (["--mus=1"], "unknown option 'mus'")):
         with pytest.raises(UserError, match=message):
             attribute.main(["index", f"--out_dir={own}", *words])
