@@ -5,6 +5,8 @@
     python data/prepare.py notes.txt --separator='---'      # one file that holds many documents
     python data/prepare.py shakespeare                      # a download; so are tinystories and fineweb_edu
     python data/prepare.py fineweb_edu --shards=14          # needs: pip install pyarrow
+    python data/prepare.py cloze --dataset=pydoc            # multiple-choice tasks of tasks.py; so are hellaswag, arc, piqa,
+                                                            # boolq, openbookqa, winogrande; options: cloze --help
 
 A .jsonl line is {"text": "...", "title": "...", "source": "..."}, the last two optional. What is written:
 
@@ -602,7 +604,10 @@ def prepare(words, cfg, command=""):
 def main(argv):
     options = [word for word in argv if word.startswith("-")]
     words = [word for word in argv if not word.startswith("-")] or ["pydoc"]
+    import tasks  # only now: it imports this file
     try:
+        if argv[:1] and argv[0] in tasks.TASKS:
+            return tasks.main(argv)
         prepare(words, parse_config(PrepareConfig, options), shlex.join(["python", "data/prepare.py", *argv]))
     except (OSError, UnicodeError) as e:
         if isinstance(e, UnicodeError):
