@@ -259,6 +259,24 @@ class PRISM(nn.Module):
         """z (..., d) -> Mixture over its N = numel / d tokens."""
         return prototype_head(z.reshape(-1, z.size(-1)), self.prototypes, self.config.top_k)
 
+    def turned(self, z, gains=None):
+        """z (..., d), gains (M,) or None -> the Mixture of its N tokens, and its gates times the gains (N, k).
+
+        A gain of -inf takes its prototype out of the search for the k most similar: ids and gates are what the others express
+        the state by, and the residual stays what it was with all of them.
+        """
+        m = self.mixture(z)
+        if gains is None:
+            return m, m.gates
+        gains = gains.to(m.gates)
+        keep = (gains > -math.inf).nonzero()[:, 0]
+        if len(keep) < len(gains):
+            if len(keep) < self.config.top_k:
+                raise UserError(f"gains leave {len(keep)} prototypes in the search, expected at least top_k = {self.config.top_k}; take fewer out")
+            again = prototype_head(z.reshape(-1, z.size(-1)), self.prototypes[keep], self.config.top_k)
+            m = m._replace(ids=keep[again.ids], gates=again.gates)
+        return m, m.gates * gains[m.ids]
+
     def logits(self, z, gains=None):
         """z (..., d), gains (M,) or None -> (..., V). With gains g: W (r + sum_i g_i a_i p_i) = W (z + sum_i (g_i - 1) a_i p_i)"""
         if gains is not None:
@@ -266,9 +284,11 @@ class PRISM(nn.Module):
                 raise UserError("gains given, but this is a dense model (n_proto = 0); it has no prototypes to turn")
             if gains.shape != (self.config.n_proto,):
                 raise UserError(f"gains have shape {tuple(gains.shape)}, expected (n_proto,) = ({self.config.n_proto},)")
-            m = self.mixture(z)
-            change = m.gates * (gains.to(m.gates) - 1)[m.ids]
-            z = z + F.embedding_bag(m.ids, self.prototypes, per_sample_weights=change, mode="sum").view_as(z)
+            m, turned = self.turned(z, gains)
+            fresh = (gains == -math.inf).any()
+            change = turned if fresh else turned - m.gates
+            change = F.embedding_bag(m.ids, self.prototypes, per_sample_weights=change, mode="sum")
+            z = m.residual.view_as(z) + change.view_as(z) if fresh else z + change.view_as(z)
         return F.linear(z, self.transformer.wte.weight)
 
     def forward(self, idx, targets=None, gains=None, return_terms=False):
@@ -324,10 +344,8 @@ class PRISM(nn.Module):
         if not self.config.n_proto:
             none = logit.new_zeros(*logit.shape, 0)
             return Explanation(targets, logit, none.long(), none, none, (w * z).sum(-1))
-        m, shape = self.mixture(z), (*targets.shape, self.config.top_k)
-        slices = (w.flatten(0, 1) @ self.prototypes.T).gather(1, m.ids) * m.gates              # (N, k) a_ti <W_y, p_i>
-        if gains is not None:
-            slices = slices * gains.to(slices)[m.ids]
+        (m, turned), shape = self.turned(z, gains), (*targets.shape, self.config.top_k)
+        slices = (w.flatten(0, 1) @ self.prototypes.T).gather(1, m.ids) * turned               # (N, k) g_i a_ti <W_y, p_i>
         return Explanation(targets, logit, m.ids.view(shape), m.gates.view(shape), slices.view(shape),
                            (w * m.residual.view_as(z)).sum(-1))
 
@@ -492,26 +510,32 @@ def fingerprint(state):
 
 
 def load_gains(path, model):
-    """A gains file {"checkpoint": fingerprint, "ids": [...], "gains": [...], ...} -> (M,) float tensor, 1 where unnamed.
+    """A gains file {"checkpoint": fingerprint, "ids": [...], "gains": [...], ...} -> (M,) float tensor, 1 where unnamed. In a file
+    of {"mode": "reselect"} a gain of 0 becomes -inf, as PRISM.turned has it. "one.json,two.json" composes: the gains are multiplied.
 
     Raises UserError if the file is damaged, names unknown prototypes, or was made for other weights than `model`'s.
     """
+    if "," in str(path) and not Path(path).exists():
+        parts = torch.stack([load_gains(p, model) for p in str(path).split(",")])
+        return torch.where((parts == -math.inf).any(0), -math.inf, parts.nan_to_num(neginf=1.0).prod(0))
     try:
         about = json.loads(Path(path).read_text("utf-8"))
-        ids, values, owner = about["ids"], about["gains"], about["checkpoint"]
-        ok = len(ids) == len(values) and all(type(i) is int for i in ids) and torch.tensor(values, dtype=torch.float32).isfinite().all()
+        ids, values, owner, mode = about["ids"], about["gains"], about["checkpoint"], about.get("mode", "zero")
+        ok = len(ids) == len(values) == len(set(ids)) and all(type(i) is int for i in ids) and torch.tensor(values, dtype=torch.float32).isfinite().all()
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, RuntimeError) as e:
         raise UserError(f"{path} is no gains file ({type(e).__name__}: {e}); expected JSON with checkpoint, ids and gains") from None
     M = model.config.n_proto
     if not M:
         raise UserError(f"{path} turns prototypes, but this is a dense model (n_proto = 0)")
     if not ok or any(not 0 <= i < M for i in ids):
-        raise UserError(f"{path}: expected as many finite gains as ids, and ids from 0 to {M - 1}")
+        raise UserError(f"{path}: expected as many finite gains as ids, and different ids from 0 to {M - 1}")
+    if mode not in ("zero", "reselect"):
+        raise UserError(f"{path}: mode is {str(mode)[:40]!r}, expected zero or reselect")
     if owner != fingerprint(model.state_dict()):
         raise UserError(f"{path} was made for another checkpoint ({str(owner)[:12]}); make it again for this one")
     gains = torch.ones(M, device=model.prototypes.device)
     gains[torch.tensor(ids, dtype=torch.long)] = torch.tensor(values, dtype=torch.float32, device=gains.device)
-    return gains
+    return gains.masked_fill(gains == 0, -math.inf) if mode == "reselect" else gains
 
 
 def read_metrics(path):
@@ -695,7 +719,7 @@ class SampleConfig:
     top_k: int = 0               # keep the likeliest tokens only; 0 keeps all
     top_p: float = 1.0           # keep the smallest set of tokens with this probability
     seed: int = 1337             # one seed, one text
-    gains: str = ""              # a gains file that turns prototypes up or down
+    gains: str = ""              # a gains file that turns prototypes up or down; several with commas between
     device: str = "auto"         # auto, cpu, cuda or mps
 
 

@@ -1,10 +1,9 @@
 """Does the head's influence say what really happens when a document is left out and the prototypes are fitted again?
 
     python data/prepare.py pydoc --name=pydoc512 --vocab_size=512
-    python train.py --dataset=pydoc512 --out_dir=out-refit --n_layer=2 --n_head=2 --n_embd=64 --n_proto=512 --top_k=8 --head_share=1
-    python experiments/refit.py                                  its head has 32,768 numbers; the joint Hessian, held whole, takes 9 GB and some minutes
+    python train.py --dataset=pydoc512 --out_dir=out-refit --n_layer=2 --n_head=2 --n_embd=64 --n_proto=256 --top_k=4 --head_share=1
+    python experiments/refit.py                                  its head has 16,384 numbers, whose joint Hessian is held whole; 5 minutes
     python experiments/refit.py --largest=1 --out=big.json       documents of any size
-    python experiments/refit.py --out_dir=out --mu=10            the default preset: 197,000 numbers to fit, an hour or more
 
 Gates and residuals are held at the checkpoint, so the loss is convex in the prototypes P. Prototypes are not trained on the
 cross-entropy, so the checkpoint is no minimum of it: a linear term makes it one (the proximal Bregman objective of Bae et al. 2022,
@@ -25,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from attribute import Curvature, Run, conjugate_gradients, curvature_product, joined_product, root, seen_windows  # noqa: E402
+from attribute import MU_SHARE, Curvature, Run, conjugate_gradients, curvature_product, joined_product, root, seen_windows  # noqa: E402
 from prism import UserError, atomic, parse_config, run_main  # noqa: E402
 
 KINDS = "full", "joined", "block", "none"
@@ -36,10 +35,10 @@ ROWS = 1024  # tokens at a time: their softmax stays in the cache
 class RefitConfig:
     out_dir: str = "out-refit"                          # the run
     documents: int = 20                                 # left out in turn
-    tokens: int = 65536                                 # training tokens that P is fitted on, about
+    tokens: int = 131072                                # training tokens that P is fitted on, about
     largest: float = 0.02                               # documents of at most this share of them are left out: influence is first order
     queries: int = 256                                  # held-out tokens
-    mu: float = 0.1                                     # damping, and the pull towards the checkpoint's prototypes
+    mu: float = 0.0                                     # damping, the pull towards the checkpoint's prototypes; 0: by attribute.py's rule
     fitted: bool = False                                # fit P on everything first, instead of tilting the loss
     tol: float = 1e-4                                   # a fit ends when the gradient is this share of a document's
     seed: int = 1                                       # of the choice of documents and queries
@@ -199,6 +198,7 @@ def main(argv):
 
     def solver(L):
         return lambda r: torch.cholesky_solve(r.flatten(1).T, L).T.reshape(r.shape)
+    cfg.mu = cfg.mu or MU_SHARE * head.curvature(P0).size()
     weights = [torch.from_numpy(doc == d) for d in chosen]
     enough = cfg.tol * min(head.take(w).pull(P0).norm().item() for w in weights)
     tilt, P, steps, size = head.pull(P0), P0, 0, 0.0  # with this linear term the checkpoint is the minimum
@@ -221,9 +221,10 @@ def main(argv):
     probe = torch.from_numpy(rng.choice([-1.0, 1.0], (16, M, P.size(1))).astype(np.float32))  # E |A v|^2 = |A|_F^2
     H = factors @ factors.mT
     off_square = (product(probe) - torch.einsum("iab,qib->qia", H, probe)).double().square().flatten(1).sum(1).mean().item()
+    result["mu"] = cfg.mu
     result["off_diagonal_share"] = off_square / (off_square + H.double().square().sum().item())
     result["fit_on_all"] = dict(steps=steps, gradient=size, loss_before=query.losses(P0).mean().item(), loss_after=before.mean().item())
-    log((f"fitted on everything in {steps} steps; " if cfg.fitted else "") + f"share of curvature off the diagonal blocks (squared Frobenius norm) {result['off_diagonal_share']:.3f}")
+    log((f"fitted on everything in {steps} steps; " if cfg.fitted else "") + f"share of curvature off the diagonal blocks (squared Frobenius norm) {result['off_diagonal_share']:.3f}; mu {cfg.mu:.3g}")
 
     # -- one document after the other: predicted, then really refitted
     for d, w in zip(chosen, weights):
