@@ -45,7 +45,7 @@ from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoi
 
 FORMAT = 2
 MU_SHARE = 0.1  # LDS is flat from 0.0003 to 0.3 (experiments/lds.py)
-CHUNK = 4096  # postings or sites read at a time: their error vectors stay in the cache
+CHUNK = 2048  # postings or sites read at a time: their error vectors stay in the cache
 
 
 # ----------------------------------------------------------------------------- configuration, a dataclass a subcommand
@@ -729,7 +729,7 @@ class Index:
             size = path.stat().st_size if path.exists() else -1
             if size != want:
                 raise UserError(f"{path} is {'missing' if size < 0 else f'{size} bytes'}, expected {want}; remove {folder}, then {again(out_dir)}")
-            setattr(self, name, np.memmap(path, dtype, "c", shape=shape))  # "c": torch wants it writable
+            setattr(self, name, np.asarray(np.memmap(path, dtype, "c", shape=shape)))  # "c": torch wants it writable; a plain array slices faster
         self.weights, self.post_start, self.basis = np.array(self.weights), np.array(self.post_start), torch.from_numpy(np.array(self.basis))
         for name, starts, n in (("post_start", self.post_start, meta["postings"]), ("pair_start", self.pair_start if meta["pairs"] else np.zeros(1, int), meta["pairs"])):
             if starts[0] != 0 or starts[-1] != n or (np.diff(starts) < 0).any():
@@ -808,7 +808,7 @@ class Index:
     # -- reading
 
     def add(self, out, level, sites, scores):
-        """Adds the scores (n, c) of sites (n,), in ascending order, to out (c, units)."""
+        """Adds the scores (n, c) of sites (n,), in ascending order, to c rows of units."""
         if level == "token":
             for row, column in zip(out, scores.T):
                 row[sites] += column
@@ -831,22 +831,20 @@ class Index:
             return self.scan_sums(((i, q, u[q, j]) for i, q, j in lists), len(ids), level)
         out = np.zeros((len(ids), self.units[level]))
         for i, q, j in lists:
-            v, mine = u[q, j].T.contiguous(), np.zeros((len(q), out.shape[1])) if len(q) > 1 else out[q[0]:q[0] + 1]
+            v, mine = u[q, j].T.contiguous(), [out[row] for row in q]
             for lo in range(self.post_start[i], self.post_start[i + 1], CHUNK):
                 hi = min(lo + CHUNK, self.post_start[i + 1])
                 sites = self.post_sites[lo:hi].astype(np.int64)
                 e = F.embedding(torch.from_numpy(sites), self.errors_t).float()                # (n, r) g_s
                 self.add(mine, level, sites, (e @ v).numpy() * self.post_gates[lo:hi, None].astype(np.float32))
-            if len(q) > 1:
-                out[q] += mine                                                                 # a target names a prototype once
         return out
 
     def scan_sums(self, lists, n, level):
         """lists: a prototype i, targets q, and their vectors (len(q), r); n targets in all -> (n, units) float64."""
-        out = np.zeros((n, self.units["document"]))
+        out, sums = np.zeros((n, self.units["document"])), torch.from_numpy(self.pair_sums)
         for i, q, v in lists:
             at = slice(self.pair_start[i], self.pair_start[i + 1])
-            scores, docs = (torch.from_numpy(self.pair_sums[at]) @ v.T).numpy(), self.pair_docs[at]
+            scores, docs = (sums[at] @ v.T).numpy(), self.pair_docs[at]
             for row, column in zip(q, scores.T):
                 out[row, docs] += column
         return out if level == "document" else np.stack([np.bincount(self.run.doc_source, row, self.units["source"]) for row in out])

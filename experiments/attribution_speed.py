@@ -104,9 +104,9 @@ def main(argv):
         read = int(sum(made.post_start[i + 1] - made.post_start[i] for i in t.ids[0]))
         result["size"].append(dict(postings=len(made.post_sites), read=read, query_s=q, full_scan_s=a, share_of_postings=read / len(made.post_sites), ratio=q / a))
         print(f"2. {len(made.post_sites):>10,} postings: query {q * 1e3:8.2f} ms, all {a * 1e3:9.1f} ms, ratio {q / a:.4f}; k/M {k / M:.4f}", flush=True)
-    x, y = (np.array([r[c] for r in result["size"]]) for c in ("read", "query_s"))
-    slope, start = np.polyfit(x, y, 1, w=1 / y)
-    result["line"] = dict(ns_a_posting=slope * 1e9, start_ms=start * 1e3, largest_relative_error=float(np.abs((slope * x + start) / y - 1).max()))
+    read_n, query_s = (np.array([r[c] for r in result["size"]]) for c in ("read", "query_s"))
+    slope, start = np.polyfit(read_n, query_s, 1, w=1 / query_s)
+    result["line"] = dict(ns_a_posting=slope * 1e9, start_ms=start * 1e3, largest_relative_error=float(np.abs((slope * read_n + start) / query_s - 1).max()))
     print(f"   straight line: {start * 1e3:.2f} ms + {slope * 1e9:.0f} ns a posting read, off by at most {result['line']['largest_relative_error']:.0%}")
 
     # 3. bandwidth, over real query tokens
@@ -146,7 +146,7 @@ def main(argv):
               f"they read {result['batch']['lists_one_by_one']} lists one by one, {result['batch']['lists_together']} together", flush=True)
     with atomic(cfg.out, "w") as f:
         json.dump(result, f, indent=1)
-    print(f"index {result['index']['ratio']:.2f} forward passes; query at 10^{round(np.log10(x[-1] * M / k))} postings {y[-1] * 1e3:.0f} ms; scan at {result['bandwidth']['postings_share']:.2f} "
+    print(f"index {result['index']['ratio']:.2f} forward passes; query at 10^{round(np.log10(read_n[-1] * M / k))} postings {query_s[-1] * 1e3:.0f} ms; scan at {result['bandwidth']['postings_share']:.2f} "
           f"of the read bandwidth, {result['bandwidth']['sums_share']:.2f} for documents; 64 together {result['batch']['document']['ratio']:.1f} times one by one")
 
 

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import tiny
 from test_train import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
 
 
 def script(name, *words):
@@ -75,12 +77,35 @@ def test_planted(tmp_path, capsys, monkeypatch):
 
 
 def test_refit(made, tmp_path):
-    words = [f"--out_dir={made}", "--tokens=2000", "--documents=3", "--queries=40", "--mu=0.5", f"--out={tmp_path}/r.json"]
+    words = [f"--out_dir={made}", "--tokens=2000", "--documents=3", "--queries=40", "--mu=0.5", "--largest=1", f"--out={tmp_path}/r.json"]
     lines = script("refit.py", *words)
     found = json.loads((tmp_path / "r.json").read_text())
     assert len(found["documents"]) == 3 and f" query tokens: r full {found['pearson']['full']:.4f}, joined" in lines[-1]
     assert found["pearson"]["full"] > 0.97 > found["pearson"]["none"] and 0 < found["off_diagonal_share"] < 1
     assert script("refit.py", *words)[-1] == lines[-1]  # finished documents are not refitted
+
+
+def test_lds(made, tmp_path):
+    dataset = json.loads((made / "config.json").read_text())["dataset"]
+    lines = script("lds.py", f"--dataset={dataset}", "--models=4", "--queries=6", "--mus=0.01,0.1", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
+                   "--train=--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=30 --batch_size=4 --total_batch_tokens=64 --device=cpu")
+    found = json.loads((tmp_path / "l.json").read_text())["lds"]
+    assert len(found) == 5 and all(-1 <= x["mean"] <= 1 for x in found.values()) and lines[-1].endswith("4 models, 6 queries")
+    half = json.loads((tmp_path / "w/half0/data/docs.json").read_text())
+    whole = json.loads((Path(dataset) / "docs.json").read_text())
+    kept = [x for x in half if x["split"] == "train"]
+    assert len(kept) == sum(x["split"] == "train" for x in whole) // 2
+    a, b = (np.fromfile(Path(f) / "train.bin", np.uint16) for f in (dataset, tmp_path / "w/half0/data"))
+    for x in kept:
+        y = next(y for y in whole if y["split"] == "train" and y["title"] == x["title"])
+        assert (b[x["start"]:x["start"] + x["length"]] == a[y["start"]:y["start"] + y["length"]]).all()
+
+
+def test_lds_of_scores_that_are_right_is_one():
+    import lds
+    rng = np.random.default_rng(0)
+    scores, kept = rng.standard_normal((5, 40)), rng.random((12, 40)) < 0.5
+    assert lds.lds(scores, kept, -(kept @ scores.T)) == pytest.approx(np.ones(5)) and lds.lds(scores, kept, kept @ scores.T) == pytest.approx(-np.ones(5))
 
 
 def test_what_attribution_costs_and_what_less_of_it_loses(made, tmp_path):
