@@ -145,9 +145,6 @@ class Lab:
         if len(self.val) < 4 * self.T:
             raise UserError(f"the held-out text has {len(self.val)} tokens, expected at least {4 * self.T}: prepare more text")
 
-    def encode(self, texts):
-        return np.array(sum(([*self.tokenizer.encode_ordinary(t), self.tokenizer.eot_token] for t in texts), []), np.int64)
-
     @torch.no_grad()
     def states(self, tokens, carried, onset, windows):
         """Windows (numbers, of block_size tokens) of `tokens` -> States, the hidden states on the device."""
@@ -161,30 +158,47 @@ class Lab:
         every = [torch.cat(u) for u in zip(*parts)]
         return States(*every, torch.ones(len(every[0]), device=self.device))
 
-    def look(self, pattern, n_tokens, seed):
-        """What find and sweep need of a behavior: w (V,), and States of training text (a weighted sample), of the tuning half and of
-        the test half of the held-out text (alternate windows). Raises UserError where it never occurs."""
-        rng, size = np.random.default_rng(seed), min(len(self.train), 2 ** 22)
-        train = np.asarray(self.train[:size]).astype(np.int64)
-        carried, onset = marks(train, pattern, self.pieces)
-        if not onset.any():
-            raise UserError(f"behavior={pattern.pattern} never occurs in {size:,} tokens of training text; there is nothing to learn it from")
-        count = np.bincount(train, minlength=len(self.W))
-        w = torch.from_numpy(np.bincount(train[onset], minlength=len(self.W)) / np.maximum(count, 1)).float().to(self.device)
-        windows = np.arange((size - 1) // self.T)
-        has = np.array([onset[i * self.T + 1:(i + 1) * self.T + 1].any() for i in windows])
-        room = max(2, n_tokens // self.T)
-        some, rest = (rng.permutation(windows[u]) for u in (has, ~has))
-        some, rest = some[:max(room // 2, room - len(rest))], rest[:room - min(len(some), room // 2)]
-        train_states = []
-        for part, all_of in ((some, has.sum()), (rest, (~has).sum())):
+    def training_text(self, cfg):
+        """-> tokens, carried, onset (N,), of the training text (its first 4 million tokens), or of the files of texts given, where every
+        token of a positive text counts as an onset."""
+        if cfg.behavior:
+            tokens = np.asarray(self.train[:2 ** 22]).astype(np.int64)
+            return tokens, *marks(tokens, compiled(cfg.behavior), self.pieces)
+        parts = []
+        for path, shows in ((cfg.positive, True), (cfg.negative, False)):
+            try:
+                texts = [t for t in Path(path).read_text("utf-8").splitlines() if t.strip()]
+            except (OSError, ValueError) as e:
+                raise UserError(f"{path or 'no file'} cannot be read ({e}); give --behavior=REGEX, or --positive and --negative, files of one text a line") from None
+            if not texts:
+                raise UserError(f"{path} holds no text; expected one a line")
+            ids = sum(([*self.tokenizer.encode_ordinary(t), self.tokenizer.eot_token] for t in texts), [])
+            ids += [self.tokenizer.eot_token] * (-len(ids) % self.T)  # whole windows
+            parts.append((np.array(ids, np.int64), np.array([shows and t != self.tokenizer.eot_token for t in ids])))
+        tokens, shown = (np.concatenate((*u, u[1][-1:])) for u in zip(*parts))
+        return tokens, shown, shown
+
+    def look(self, cfg):
+        """What a behavior is measured with: w (V,), and States of training text (a weighted sample of windows, half of them with onsets
+        where there are so many), of the tuning half and of the test half of the held-out text (alternate windows)."""
+        rng, T = np.random.default_rng(cfg.seed), self.T
+        tokens, carried, onset = self.training_text(cfg)
+        if not onset[1:].any():
+            raise UserError(f"behavior={cfg.behavior} never occurs in {len(tokens):,} tokens of training text; there is nothing to learn it from")
+        count = np.bincount(tokens, minlength=len(self.W))
+        w = torch.from_numpy(np.bincount(tokens[onset], minlength=len(self.W)) / np.maximum(count, 1)).float().to(self.device)
+        has = onset[1:(len(tokens) - 1) // T * T + 1].reshape(-1, T).any(1)
+        room, sample = max(2, cfg.tokens // T), []
+        some, rest = (rng.permutation(np.flatnonzero(u)) for u in (has, ~has))
+        kept = some[:max(room // 2, room - len(rest))]
+        for part, whole in ((kept, some), (rest[:room - len(kept)], rest)):
             if len(part):
-                s = self.states(train, carried, onset, np.sort(part))
-                train_states.append(s._replace(weight=s.weight * (all_of / len(part))))
-        val = np.asarray(self.val[:2 ** 20]).astype(np.int64)
-        marked, windows = marks(val, pattern, self.pieces), np.arange((min(len(self.val), 2 ** 20) - 1) // self.T)
-        tune, test = (self.states(val, *marked, windows[half::2]) for half in (0, 1))
-        return w, States(*(torch.cat(u) for u in zip(*train_states))), tune, test
+                s = self.states(tokens, carried, onset, np.sort(part))
+                sample.append(s._replace(weight=s.weight * (len(whole) / len(part))))
+        val = np.asarray(self.val[:2 ** 16]).astype(np.int64)
+        marked = marks(val, compiled(cfg.behavior), self.pieces) if cfg.behavior else [np.zeros(len(val), bool)] * 2
+        windows = np.arange((len(val) - 1) // T)
+        return w, States(*(torch.cat(u) for u in zip(*sample))), *(self.states(val, *marked, windows[half::2]) for half in (0, 1))
 
     # -- what gains do to cached states
 
@@ -243,8 +257,9 @@ def rank(lab, s):
                                      ("fires", (a > 0).float(), s.weight)):
             sums[name].index_add_(0, ids, (values * weight[at, None]).flatten())
         logit += (((wy - center) * s.z[at]).sum(1) * onset[at]).sum()
-    merit = sums["benefit"] / (sums["price"].clamp(min=0) + 0.01 * sums["benefit"].clamp(min=0).sum() / onset.sum() * free.sum() / M + 1e-12)
-    return {"margin": sums["margin"] / logit, "contrast": sums["on"] / onset.sum() - sums["off"] / free.sum(), "merit": merit * (sums["benefit"] > 0), "fires": sums["fires"]}
+    price = sums["price"].abs()
+    return {"margin": sums["margin"] / logit, "contrast": sums["on"] / onset.sum() - sums["off"] / free.sum(),
+            "merit": sums["benefit"] / (price + price.mean() + 1e-12), "fires": sums["fires"]}
 
 
 def fit(lab, s, w, rate, lam, steps=100, batch=2048, lr=0.1, seed=0):
@@ -270,3 +285,217 @@ def fit(lab, s, w, rate, lam, steps=100, batch=2048, lr=0.1, seed=0):
         loss.backward()
         opt.step()
     return theta.detach()
+
+
+SIZES, GAINS, LAMBDAS = (1, 2, 4, 8, 16, 32), (0.0, -1.0), (0.1, 0.3, 1.0, 3.0)
+
+
+def candidates(lab, s, w, mode="auto", seed=0):
+    """Ways to turn a behavior down, from training States: yields (mode, size or lambda, gain or None, gains (M,))."""
+    ranks, M = rank(lab, s), len(lab.P)
+    order = ranks["merit"].argsort(descending=True)
+    for size in SIZES:
+        if size <= M - lab.model.config.top_k:
+            for gain in GAINS if mode in ("auto", "zero") else ():
+                yield "zero", size, gain, torch.ones(M, device=lab.device).index_fill_(0, order[:size], gain)
+            if mode in ("auto", "reselect"):
+                yield "reselect", size, None, torch.ones(M, device=lab.device).index_fill_(0, order[:size], -math.inf)
+    if mode in ("auto", "fit"):
+        rate = lab.measure(s, w)[1]
+        for lam in LAMBDAS:
+            theta = fit(lab, s, w, rate, lam, seed=seed)
+            yield "fit", lam, None, 1 + torch.where(theta.abs() > 0.02, (theta * 1e4).round() / 1e4, 0.0)
+
+
+def write_gains(path, lab, gains, **about):
+    """A gains file that prism.load_gains reads, one number a line."""
+    ids = (gains != 1).nonzero()[:, 0].tolist()
+    mode = "reselect" if (gains == -math.inf).any() else "zero"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path, "w", encoding="utf-8") as f:
+        json.dump(dict(checkpoint=fingerprint(lab.model.state_dict()), mode=mode, **about, ids=ids,
+                       gains=[0.0 if mode == "reselect" else round(gains[i].item(), 4) for i in ids]), f, indent=1)
+
+
+def checked_name(name):
+    if not re.fullmatch(r"[\w-]{1,80}", name):
+        raise UserError(f"name={name!r}, expected letters, digits, _ and -")
+    return name
+
+
+def find(argv):
+    cfg = parse_config(FindConfig, argv)
+    if cfg.mode not in ("auto", "zero", "reselect", "fit"):
+        raise UserError(f"mode={cfg.mode}, expected auto, zero, reselect or fit")
+    if cfg.tokens < 1 or cfg.top < 1 or not 0 <= cfg.price < math.inf:
+        raise UserError(f"tokens is {cfg.tokens}, top {cfg.top}, price {cfg.price}; expected at least 1, 1 and 0")
+    name, lab = checked_name(cfg.name), Lab(cfg.out_dir, cfg.device)
+    w, train, tune, _ = lab.look(cfg)
+    onsets = int(train.onset.sum())
+    print(f"{onsets:,} onsets in {len(train.z):,} training tokens" + (": few; expect little" if onsets < 30 else "") + f"; {int(tune.onset.sum())} in {len(tune.z):,} tokens of the tuning split")
+    ranks, center = rank(lab, train), lab.W - lab.W.mean(0)
+    print("prototype  margin share  gate contrast   raises")
+    for i in ranks["margin"].argsort(descending=True)[:cfg.top].tolist():
+        raised = (center[:lab.tokenizer.n_vocab] @ lab.P[i]).topk(min(5, lab.tokenizer.n_vocab)).indices.tolist()
+        print(f"{i:>9}  {ranks['margin'][i]:>12.1%}  {ranks['contrast'][i]:>+13.3f}   " + " ".join(repr(lab.tokenizer.decode([t])) for t in raised))
+    before, best = lab.measure(tune, w), None
+    for mode, size, gain, gains in candidates(lab, train, w, cfg.mode, cfg.seed):
+        loss, rate = effect(tune, before, lab.measure(tune, w, gains))
+        print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%", flush=True)
+        if loss <= cfg.price and (best is None or rate < best[0]):
+            best = rate, loss, mode, size, gain, gains
+    if best is None:
+        raise UserError(f"nothing on the grid costs at most {cfg.price}% of loss; raise --price")
+    rate, loss, mode, size, gain, gains = best
+    path = lab.out_dir / "gains" / f"{name}.json"
+    write_gains(path, lab, gains, behavior=cfg.behavior or None, found=dict(by=mode, size=size, gain=gain, tuning_rate=round(rate, 4), tuning_loss_percent=round(loss, 4),
+                price=cfg.price, seed=cfg.seed, tokens=cfg.tokens, positive=cfg.positive, negative=cfg.negative))
+    print(f"{path}: {int((gains != 1).sum())} prototypes by {mode} ({size:g}); on the tuning split, teacher-forced, rate x {rate:.3f}, loss {loss:+.3f}%. "
+          f"Next: python suppress.py sweep --out_dir={cfg.out_dir} --gains={path}")
+
+
+# ----------------------------------------------------------------------------- apply and sweep: before and after, and the price
+
+def beginnings(lab, n, seed, length=16):
+    """(n, length) tokens: beginnings of text from the test half of the held-out windows."""
+    rng, T = np.random.default_rng(seed), lab.T
+    length = min(length, T // 2)
+    at = 2 * T * rng.integers((len(lab.val) - 1) // (2 * T), size=n) + T + rng.integers(T - length, size=n)
+    return torch.from_numpy(lab.val[at[:, None] + np.arange(length)].astype(np.int64)).to(lab.device)
+
+
+def continued(lab, idx, cfg, gains=None):
+    """idx (n, L) -> the new tokens (n, max_new_tokens), sampled 64 rows at a time; the same cfg.seed gives the same draws."""
+    top_p = getattr(cfg, "top_p", None)
+    return np.concatenate([lab.model.generate(idx[i:i + 64], cfg.max_new_tokens, cfg.temperature, top_p=top_p, seed=cfg.seed + i, gains=gains,
+                                              n_vocab=lab.tokenizer.n_vocab)[:, idx.size(1):].cpu().numpy() for i in range(0, len(idx), 64)])
+
+
+def counted(lab, idx, new, pattern):
+    """Matches (n,) that begin in the new tokens."""
+    n = idx.size(1)
+    return np.array([marks(np.concatenate((p, y)), pattern, lab.pieces)[1][n:].sum() for p, y in zip(idx.cpu().numpy(), new)])
+
+
+def shuffled(gains, fires, seed, width=16):
+    """The same gains on other prototypes: shuffled among `width` neighbours in the order of how often they fire. -> (M,)"""
+    order, rng, out = fires.argsort(stable=True), torch.Generator().manual_seed(seed), gains.clone()
+    for part in order.split(width):
+        out[part] = gains[part[torch.randperm(len(part), generator=rng).to(part.device)]]
+    return out
+
+
+def about(path):
+    """A gains file as a dict, of which load_gains has checked the numbers."""
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+def apply(argv):
+    cfg = parse_config(ApplyConfig, argv)
+    if not cfg.gains:
+        raise UserError("no gains file; find some first: python suppress.py find --behavior='>>>' --name=examples, then --gains=out/gains/examples.json")
+    if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
+        raise UserError(f"num_samples is {cfg.num_samples}, max_new_tokens {cfg.max_new_tokens}; expected at least 1")
+    lab = Lab(cfg.out_dir, cfg.device)
+    gains = load_gains(cfg.gains, lab.model)
+    if cfg.prompt:
+        ids = lab.tokenizer.encode_ordinary(cfg.prompt)
+        idx = torch.tensor([ids] * cfg.num_samples, device=lab.device)
+    else:
+        idx = beginnings(lab, cfg.num_samples, cfg.seed)
+    both = [continued(lab, idx, cfg, g) for g in (None, gains)]
+    for i, rows in enumerate(zip(*both)):
+        print(f"--- {i + 1}: {plain(lab.tokenizer.decode(idx[i].tolist()))}")
+        for name, row in zip(("before", " after"), rows):
+            print(f"{name} | " + plain(lab.tokenizer.decode(row.tolist())).replace("\n", "\n       | "))
+    pattern = about(cfg.gains).get("behavior") if Path(cfg.gains).exists() else None
+    if isinstance(pattern, str):
+        n = [counted(lab, idx, new, compiled(pattern)).sum() for new in both]
+        print(f"{pattern!r}: {n[0]} matches before, {n[1]} after, in {both[0].size} tokens each")
+
+
+def sweep(argv):
+    cfg = parse_config(SweepConfig, argv)
+    lab = Lab(cfg.out_dir, cfg.device)
+    if not cfg.gains:
+        raise UserError("no gains file; find some first: python suppress.py find --behavior='>>>' --name=examples, then --gains=out/gains/examples.json")
+    gains, made, path = load_gains(cfg.gains, lab.model), about(cfg.gains), Path(cfg.gains)
+    if not isinstance(made.get("behavior"), str):
+        raise UserError(f"{path} names no behavior to count; it was not made by find --behavior")
+    if cfg.prompts < 2 or cfg.max_new_tokens < 1:
+        raise UserError(f"prompts is {cfg.prompts}, max_new_tokens {cfg.max_new_tokens}; expected at least 2 and 1")
+    pattern = compiled(made["behavior"])
+    w, train, _, test = lab.look(FindConfig(behavior=made["behavior"], tokens=cfg.tokens, seed=cfg.seed))
+    before, fires, rows = lab.measure(test, w), rank(lab, train)["fires"], []
+    for mode, size, gain, g in [*candidates(lab, train, w, seed=cfg.seed), ("chosen", int((gains != 1).sum()), None, gains)]:
+        (loss, rate), (control_loss, control_rate) = (effect(test, before, lab.measure(test, w, u)) for u in (g, shuffled(g, fires, cfg.seed)))
+        rows.append(dict(mode=mode, size=size, gain="" if gain is None else gain, rate=round(rate, 4), loss_percent=round(loss, 4), control_rate=round(control_rate, 4), control_loss_percent=round(control_loss, 4)))
+        print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%; the same gains on others: x {control_rate:.3f}, {control_loss:+.3f}%", flush=True)
+    # sampled text: before, after, and the control
+    idx = beginnings(lab, cfg.prompts, cfg.seed)
+    text = {n: continued(lab, idx, cfg, g) for n, g in (("before", None), ("after", gains), ("control", shuffled(gains, fires, cfg.seed)))}
+    count = {n: counted(lab, idx, new, pattern) for n, new in text.items()}
+    per = {n: interval(1000.0 * c, np.full(len(c), float(cfg.max_new_tokens))) for n, c in count.items()}
+    after = lab.measure(test, w, gains)[0]
+    loss, low, high = interval(*(np.bincount(test.window.cpu(), (u * test.free).cpu()) for u in (after - before[0], before[0])))
+    cut, control = (1 - count[n].sum() / max(1, count["before"].sum()) for n in ("after", "control"))
+    result = dict(name=path.stem, behavior=made["behavior"], gains=str(path), options=asdict(cfg), rows=rows, per_1000_tokens={n: [round(x, 4) for x in v] for n, v in per.items()},
+                  matches={n: int(c.sum()) for n, c in count.items()}, loss_percent=[round(100 * x, 4) for x in (loss, low, high)], cut=round(cut, 4), control_cut=round(control, 4))
+    shown = np.argsort(-count["before"], kind="stable")[:4]
+    for n in ("before", "after"):
+        result[n] = [lab.tokenizer.decode([*idx[i].tolist(), *text[n][i].tolist()]) for i in shown]
+    with atomic(path.with_suffix(".csv"), "w", newline="") as f:
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    result["plot"] = picture(rows, made["behavior"], path.with_suffix(".png"))
+    with atomic(path.with_suffix(".sweep"), "w", encoding="utf-8") as f:
+        json.dump(result, f)
+    print(f"{path.with_suffix('')}.csv, .png, .sweep (python attribute.py report shows them)")
+    print("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
+          + f": cut by {cut:.0%}, by random prototypes {control:.0%}; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
+
+
+def picture(rows, behavior, path):
+    """Effect against price, one line a mode, the random controls hollow, the chosen point a star -> a data address of the PNG at path."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for mode, color, marker in (("zero", "#0072B2", "o"), ("reselect", "#E69F00", "s"), ("fit", "#009E73", "^"), ("chosen", "#000000", "*")):
+        mine = [r for r in rows if r["mode"] == mode]
+        style = dict(color=color, marker=marker, linestyle="", markersize=12 if mode == "chosen" else 6)
+        ax.plot([r["loss_percent"] for r in mine], [r["rate"] for r in mine], label=mode, **style)
+        ax.plot([r["control_loss_percent"] for r in mine], [r["control_rate"] for r in mine], markerfacecolor="none", **style)
+    ax.set(xscale="symlog", xlabel="rise of the loss of text without it, %", ylabel="rate of the behavior, share of before", ylim=(0, None))
+    ax.set_title(behavior[:60].replace("$", r"\$") + "   (hollow: the same gains on random prototypes)", fontsize=9)
+    ax.legend()
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=110)
+    plt.close(fig)
+    with atomic(path) as f:
+        f.write(buffer.getvalue())
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plain(text):
+    """Text for a terminal: what is not printable is written as an escape, and cannot act; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+# ----------------------------------------------------------------------------- command line
+
+COMMANDS = {"find": find, "apply": apply, "sweep": sweep}
+
+
+def main(argv):
+    if not argv or argv[0] not in COMMANDS:
+        print(__doc__)
+        if argv and argv[0] in ("-h", "--help"):
+            return
+        raise UserError(f"{'no command' if not argv else repr(argv[0])}; expected {', '.join(COMMANDS)}, each with --help")
+    COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    run_main(main)
