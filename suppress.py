@@ -19,7 +19,6 @@ Ways to turn it down, which `find` compares by rate and price on a tuning split:
               the logits are linear in theta, so a hundred steps on cached states take seconds
 """
 import csv
-import html
 import io
 import base64
 import json
@@ -77,6 +76,20 @@ class SweepConfig:
     temperature: float = 1.0  # of the sampling
     tokens: int = 200000      # training tokens looked at
     seed: int = 2             # of prompts, sampling and controls
+    device: str = "auto"      # auto, cpu, cuda or mps
+
+
+@dataclass
+class CalibrateConfig:
+    out_dir: str = "out"      # the run
+    task: str = ""            # items to test on, as data/prepare.py cloze writes them
+    calibration: str = ""     # items to fit on (cloze --split=train); without it, those of `share` of the task's documents
+    name: str = "controller"  # written: out_dir/gains/NAME.json
+    score: str = "sum"        # of a choice: sum of its tokens' log-probabilities, or norm, that divided by its bytes
+    folds: int = 3            # of the cross-validation that picks the penalties
+    share: float = 0.5        # of the documents (of the items, where they name none); the others test
+    trace: int = 5            # largest gains that are traced to training text
+    seed: int = 1             # of splits and controls
     device: str = "auto"      # auto, cpu, cuda or mps
 
 
@@ -378,10 +391,18 @@ def counted(lab, idx, new, pattern):
 
 
 def shuffled(gains, fires, seed, width=16):
-    """The same gains on other prototypes: shuffled among `width` neighbours in the order of how often they fire. -> (M,)"""
-    order, rng, out = fires.argsort(stable=True), torch.Generator().manual_seed(seed), gains.clone()
-    for part in order.split(width):
-        out[part] = gains[part[torch.randperm(len(part), generator=rng).to(part.device)]]
+    """The control: the same gains on random prototypes that fire about as often. A small group's go to other prototypes, each to one
+    of the `width` nearest in the order of firing; those of most prototypes are shuffled among `width` neighbours. -> (M,)"""
+    order, rng = fires.argsort(stable=True).tolist(), np.random.default_rng(seed)
+    moved = (gains != 1).tolist()
+    if 4 * sum(moved) > len(moved):
+        source = [i for at in range(0, len(order), width) for i in rng.permutation(order[at:at + width]).tolist()]
+        return torch.empty_like(gains).index_copy_(0, torch.tensor(order, device=gains.device), gains[source])
+    out, free = torch.ones_like(gains), [(place, i) for place, i in enumerate(order) if not moved[i]]
+    for place, i in enumerate(order):
+        if moved[i]:
+            near = sorted(range(len(free)), key=lambda j: abs(free[j][0] - place))[:width]
+            out[free.pop(int(rng.choice(near)))[1]] = gains[i]
     return out
 
 
@@ -483,9 +504,231 @@ def plain(text):
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
+# ----------------------------------------------------------------------------- calibrate: linear controllers
+
+class Scored(NamedTuple):
+    """The scored tokens of every choice of every item, and what they need: N tokens, C choices in all, of n items."""
+    states: States         # N tokens
+    choice: torch.Tensor   # (N,) which of the C choices
+    item: np.ndarray       # (C,)
+    size: torch.Tensor     # (C,) bytes scored
+    label: np.ndarray      # (n,) the right choice, among the C
+
+
+def read_items(lab, items):
+    """Items -> Scored. A choice is read behind its context, or behind the end of a text where that is empty; the oldest tokens go
+    where both are longer than the context holds."""
+    states, choice, item, size, label, T = [], [], [], [], [], lab.T
+    for n, x in enumerate(items):
+        rows = []
+        for j, c in enumerate(x["choices"]):
+            given = x.get("given", [0] * len(x["choices"]))[j]
+            whole = lab.tokenizer.encode_ordinary(x["context"] + c)
+            start = len(lab.tokenizer.encode_ordinary(x["context"] + c[:given]))
+            start = min(start, len(whole) - 1)
+            if len(whole) - start > T:
+                raise UserError(f"item {n + 1}: choice {j} has {len(whole) - start} tokens, the context holds {T}")
+            if start == 0:
+                whole, start = [lab.tokenizer.eot_token, *whole], 1
+            cut = max(0, len(whole) - T - 1)
+            rows.append((whole[cut:], start - cut))
+            size.append(len(c[given:].encode()))
+        label.append(len(item) + x["label"])
+        idx = torch.zeros(len(rows), max(len(r) for r, _ in rows), dtype=torch.long, device=lab.device)
+        for row, (r, _) in zip(idx, rows):
+            row[:len(r)] = torch.tensor(r)
+        with torch.no_grad():
+            z = lab.model.hidden(idx[:, :-1])
+        for j, (r, start) in enumerate(rows):
+            states.append((z[j, start - 1:len(r) - 1], idx[j, start:len(r)]))
+            choice += [len(item) + j] * (len(r) - start)
+        item += [n] * len(rows)
+    z, y = (torch.cat(u) for u in zip(*states))
+    m, ones = lab.model.mixture(z), torch.ones(len(z), device=lab.device)
+    return Scored(States(z, m.ids, m.gates, y, ones > 1, ones > 0, ones, ones), torch.tensor(choice, device=lab.device), np.array(item),
+                  torch.tensor(size, device=lab.device), np.array(label))
+
+
+@torch.no_grad()
+def choice_scores(lab, s, kind, gains=None, temperature=1.0, directions=None):
+    """-> the scores (C,) of all choices, and their derivatives by the gains (C, M) at these gains: the sum over a choice's tokens of
+    a_ti <W_y - W^T pi_t, p_i>. Other `directions` (M, d) may stand for the prototypes."""
+    P, st = lab.P if directions is None else directions, s.states
+    gains = torch.ones(len(P), device=lab.device) if gains is None else gains
+    score, slope = torch.zeros(len(s.size), device=lab.device), torch.zeros(len(s.size), len(P), device=lab.device)
+    for i in range(0, len(st.z), 2048):
+        at = slice(i, i + 2048)
+        z = st.z[at] + F.embedding_bag(st.ids[at], P, per_sample_weights=st.gates[at] * (gains - 1)[st.ids[at]], mode="sum")
+        logp = (z @ lab.W.T / temperature).log_softmax(1)
+        score.index_add_(0, s.choice[at], logp.gather(1, st.y[at, None])[:, 0])
+        error = lab.W[st.y[at]] - logp.exp() @ lab.W
+        slices = (error @ P.T).gather(1, st.ids[at]) * st.gates[at]                             # (n, k)
+        slope.view(-1).index_add_(0, (s.choice[at, None] * len(P) + st.ids[at]).flatten(), slices.flatten())
+    if kind == "norm":
+        score, slope = score / s.size, slope / s.size[:, None]
+    return score, slope
+
+
+def right(scores, s, items):
+    """scores (C,) -> whether each of `items` has its right choice on top (a tie is no success)."""
+    scores, out = scores.cpu().numpy(), []
+    for n in items:
+        mine = np.flatnonzero(s.item == n)
+        best = mine[scores[mine] == scores[mine].max()]
+        out.append(len(best) == 1 and best[0] == s.label[n])
+    return np.array(out)
+
+
+def likelihood(scores, s, items):
+    """Mean over `items` of -log softmax of the right choice's score among the item's."""
+    n = len(s.label)
+    item, scores = torch.from_numpy(s.item).to(scores.device), scores.double()
+    top = torch.full((n,), -math.inf, dtype=scores.dtype, device=scores.device).scatter_reduce_(0, item, scores, "amax")
+    total = torch.zeros_like(top).index_add_(0, item, (scores - top[item]).exp()).log() + top
+    return (total - scores[torch.from_numpy(s.label).to(scores.device)])[torch.as_tensor(items, device=scores.device)].mean()
+
+
+def controller(score, slope, s, items, l2, l1, steps=300):
+    """theta (M,), the minimum of  likelihood(score + slope theta) + l2/2 |theta|^2 + l1 |theta|_1  over `items`: convex, by FISTA
+    (Beck and Teboulle 2009) with a backtracked step."""
+    theta = look = torch.zeros(slope.size(1), device=slope.device)
+    momentum, step = 1.0, 16.0
+
+    def smooth(x):
+        return likelihood(score + slope @ x, s, items) + l2 / 2 * x.square().sum()
+    for _ in range(steps):
+        x = look.detach().requires_grad_(True)
+        value = smooth(x)
+        grad, = torch.autograd.grad(value, x)
+        with torch.no_grad():
+            while True:
+                new = look - step * grad
+                new = new.sign() * (new.abs() - step * l1).clamp(min=0)
+                move = new - look
+                if smooth(new) <= value + (grad * move).sum() + move.square().sum() / (2 * step) + 1e-9 or step < 1e-6:
+                    break
+                step /= 2
+            after = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
+            theta, look, momentum = new, new + (momentum - 1) / after * (new - theta), after
+    return theta.detach()
+
+
+def sharpness(score, s, items):
+    """The factor b on the scores with the best likelihood of `items`. Sums of log-probabilities are far too sure; with b taken
+    out, gains are fitted to tell choices apart and not to make all of them less sure."""
+    return min(np.geomspace(0.01, 3, 60).tolist(), key=lambda b: likelihood(b * score, s, items).item())
+
+
+PENALTIES = [(l2, l1) for l2 in (0.001, 0.0003, 0.0001) for l1 in (0.0, 0.0001)]
+ROUNDS = 3
+
+
+def calibrated(lab, s, kind, folds, directions=None):
+    """Gains (M,) for the items of s: logits are linear in theta = g - 1, so scores are, to first order; the convex problem is solved
+    where the last solution left it, ROUNDS times. The penalties (l2, l1) are those of the best likelihood in the first round over
+    `folds` (a list of arrays of items); if none beats no controller at all, gains are ones. -> gains, penalties"""
+    items, gains = np.concatenate(folds), torch.ones(len(lab.P), device=lab.device)
+    for turn in range(ROUNDS):
+        score, slope = choice_scores(lab, s, kind, gains, directions=directions)
+        b = sharpness(score, s, items)
+        score, slope = b * (score - slope @ (gains - 1)), b * slope                             # as functions of theta
+        if not turn:
+            losses = {p: sum(likelihood(score + slope @ controller(score, slope, s, np.setdiff1d(items, fold), *p, 150), s, fold).item() * len(fold) for fold in folds) / len(items)
+                      for p in PENALTIES}
+            best = min(losses, key=losses.get)
+            if losses[best] >= likelihood(score, s, items).item():
+                return gains, None
+        gains = 1 + controller(score, slope, s, items, *best)
+    return gains, best
+
+
+def calibrate(argv):
+    from data.tasks import load_items
+    cfg = parse_config(CalibrateConfig, argv)
+    if cfg.score not in ("sum", "norm") or cfg.folds < 2 or not 0 < cfg.share < 1 or cfg.trace < 0:
+        raise UserError(f"score={cfg.score}, folds={cfg.folds}, share={cfg.share}, trace={cfg.trace}; expected sum or norm, at least 2, between 0 and 1, at least 0")
+    if not cfg.task:
+        raise UserError("no --task; make one: python data/prepare.py cloze --dataset=pydoc, then --task=data/pydoc/cloze.jsonl")
+    name, items, rng = checked_name(cfg.name), load_items(cfg.task), np.random.default_rng(cfg.seed)
+
+    def documents(rows):
+        return np.unique([str(x.get("document", n)) for n, x in enumerate(rows)], return_inverse=True)[1]
+    if cfg.calibration:
+        fitted = load_items(cfg.calibration)
+    else:
+        owner = documents(items)
+        mine = np.isin(owner, rng.permutation(owner.max() + 1)[:round(cfg.share * (owner.max() + 1))])
+        fitted, items = ([x for x, u in zip(items, mine) if u == side] for side in (True, False))
+    owner = documents(fitted) if fitted else np.zeros(0, int)
+    parts = np.array_split(rng.permutation(owner.max() + 1 if len(owner) else 0), cfg.folds)  # no document is in two folds
+    folds = [np.flatnonzero(np.isin(owner, part)) for part in parts]
+    if min(map(len, folds)) < 1 or len(items) < 2:
+        raise UserError(f"{len(fitted)} items to calibrate on, {len(items)} to test on, too few for {cfg.folds} folds of different documents; give more items or fewer --folds")
+    lab = Lab(cfg.out_dir, cfg.device)
+    s, test = read_items(lab, fitted), read_items(lab, items)
+    gains, penalties = calibrated(lab, s, cfg.score, folds)
+    gains = torch.where((gains - 1).abs() > 1e-3, (gains * 1e4).round() / 1e4, 1.0)
+    print(f"{len(fitted)} items calibrate in {cfg.folds} folds, {len(items)} test; " + (f"l2 {penalties[0]:g}, l1 {penalties[1]:g}: {int((gains != 1).sum())} gains"
+          if penalties else "no penalty beats leaving all gains at 1"), flush=True)
+
+    # -- the controls: one temperature; random directions with the prototypes' gates and lengths
+    every, whole = np.arange(len(items)), np.arange(len(fitted))
+    tau = max((0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0), key=lambda t: (right(choice_scores(lab, s, cfg.score, temperature=t)[0], s, whole).mean(), -abs(math.log(t))))
+    random = F.normalize(torch.randn(lab.P.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(lab.device), dim=1) * lab.P.norm(dim=1, keepdim=True)
+    other, _ = calibrated(lab, s, cfg.score, folds, random)
+    sides = {"uncalibrated": {}, "controller": dict(gains=gains), f"temperature {tau:g}": dict(temperature=tau), "random directions": dict(gains=other, directions=random)}
+    owner, result, scores = documents(items), {}, {}
+    for side, options in sides.items():
+        scores[side] = right(choice_scores(lab, test, cfg.score, **options)[0], test, every)
+        change = scores[side].astype(float) - scores["uncalibrated"]
+        points = [100 * u for u in interval(np.bincount(owner, change), np.bincount(owner).astype(float), cfg.seed)]  # documents are drawn again, with all their items
+        fit_accuracy = float(right(choice_scores(lab, s, cfg.score, **options)[0], s, whole).mean())
+        result[side.split()[0]] = dict(accuracy=float(scores[side].mean()), points=points, calibration_accuracy=fit_accuracy)
+        print(f"{side:>18}: accuracy {scores[side].mean():.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}]; {fit_accuracy:.1%} where it was fitted", flush=True)
+
+    # -- the largest gains, traced to training text and to the items that they turned
+    traced = trace(lab, gains, test, items, scores["uncalibrated"], scores["controller"], cfg)
+    path = lab.out_dir / "gains" / f"{name}.json"
+    write_gains(path, lab, gains, task=cfg.task, found=dict(by="calibrate", penalties=penalties, calibration=cfg.calibration, score=cfg.score, folds=cfg.folds, share=cfg.share, seed=cfg.seed,
+                result=result), traced=traced)
+    points = result["controller"]["points"]
+    print(f"{path}: accuracy {result['uncalibrated']['accuracy']:.1%} -> {result['controller']['accuracy']:.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}] on {len(items)} items")
+
+
+def trace(lab, gains, s, items, was, now, cfg):
+    """The largest gains: for each prototype the tokens that it raises, the training tokens where its gate is largest, and the test
+    items that the controller turned and in which it did most. Printed, and returned as plain values."""
+    theta, slope = gains - 1, choice_scores(lab, s, cfg.score)[1]
+    turned = [(n, bool(now[n])) for n in np.flatnonzero(was != now)]
+    print(f"{sum(up for _, up in turned)} test items turned right, {sum(not up for _, up in turned)} wrong")
+    most = {}                                                                                  # item -> the prototype that did most, for the right choice or against
+    for n, up in turned:
+        mine = np.flatnonzero(s.item == n)
+        rival = max((c for c in mine if c != s.label[n]), key=lambda c: float(slope[c] @ theta))
+        most[n] = int(((slope[s.label[n]] - slope[rival]) * theta * (1 if up else -1)).argmax())
+    tokens = np.asarray(lab.train[:2 ** 17]).astype(np.int64)
+    none = np.zeros(len(tokens), bool)
+    train, center, found = lab.states(tokens, none, none, np.arange((len(tokens) - 1) // lab.T)), lab.W - lab.W.mean(0), []
+    for i in theta.abs().argsort(descending=True)[:cfg.trace].tolist():
+        if not theta[i]:
+            break
+        gate = (train.gates * (train.ids == i)).sum(1)
+        near = []
+        for at in gate.topk(min(3, len(gate))).indices.tolist():
+            place = int(train.window[at]) * lab.T + at % lab.T + 1                            # of the token to be predicted
+            near.append("".join((lab.tokenizer.decode(tokens[max(0, place - 12):place]), "«", lab.tokenizer.decode(tokens[place:place + 1]), "»")))
+        mine = [n for n, _ in turned if most[n] == i]
+        raised = [lab.tokenizer.decode([t]) for t in (center[:lab.tokenizer.n_vocab] @ lab.P[i]).topk(min(5, lab.tokenizer.n_vocab)).indices.tolist()]
+        found.append(dict(prototype=i, gain=round(1 + theta[i].item(), 4), raises=raised, training=near, turned=[str(items[n].get("id", n)) for n in mine]))
+        print(f"prototype {i}, gain {1 + theta[i]:.2f}: raises {' '.join(map(repr, raised))}; did most in {len(mine)} turned items {' '.join(found[-1]['turned'][:3])}")
+        for text in near:
+            print(f"    {plain(text)!r}")
+    return found
+
+
 # ----------------------------------------------------------------------------- command line
 
-COMMANDS = {"find": find, "apply": apply, "sweep": sweep}
+COMMANDS = {"find": find, "apply": apply, "sweep": sweep, "calibrate": calibrate}
 
 
 def main(argv):

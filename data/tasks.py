@@ -13,6 +13,7 @@ cloze cuts the held-out documents into windows that do not overlap: a context, t
 end where a word does, and the tokenizer cuts the text where the item does. The wrong choices are the true continuations
 of other windows, so that every text is an answer as often as a distractor: of the same source, and of any source where that
 has too few ("widened" counts those). No choice's tokens stand in train.bin in a row.
+With --split=train the items are of the training text, to calibrate on: there are ten times as many.
 
 Contexts and choices of the benchmarks are lm-evaluation-harness's, without shots. WinoGrande scores one ending after two
 sentences that differ in a name: context is what stands before the name, a choice is name and ending, and "given" covers the
@@ -39,8 +40,9 @@ class ClozeConfig:
     choices: int = 4             # choices an item, the true one included
     context_tokens: int = 48     # length of a context
     choice_tokens: int = 5       # length of each choice
+    split: str = "val"           # val, or train: items of text that the model has seen, to calibrate on
     seed: int = 1337             # which windows become items, their distractors and the order are functions of it
-    out: str = ""                # the file to write; default: cloze.jsonl in the dataset's folder
+    out: str = ""                # the file to write; default: cloze.jsonl, or cloze-train.jsonl, in the dataset's folder
 
 
 @dataclass
@@ -114,7 +116,7 @@ def write_items(items, path):
 # ----------------------------------------------------------------------------- cloze: from held-out text
 
 class Window(NamedTuple):
-    at: int              # its first token in val.bin
+    at: int              # its first token in val.bin, or train.bin
     document: str
     source: str
     tokens: list         # context_tokens + choice_tokens
@@ -122,7 +124,7 @@ class Window(NamedTuple):
     choice: str
 
 
-def cut_windows(val, rows, encoding, n_context, n_choice):
+def cut_windows(text, rows, encoding, n_context, n_choice):
     """Yields the windows of the documents `rows`, from the left as densely as the rules of a cut allow.
 
     A cut lies before a token that begins with a blank, and so never inside a character; behind the context it is one space, and no
@@ -131,7 +133,7 @@ def cut_windows(val, rows, encoding, n_context, n_choice):
     blank = np.zeros(encoding.n_vocab, bool)
     blank[[rank for piece, rank in encoding._mergeable_ranks.items() if piece[:1].isspace()]] = True
     for row in rows:
-        document = val[row["start"]:row["start"] + row["length"] - 1]  # without its end-of-text token
+        document = text[row["start"]:row["start"] + row["length"] - 1]  # without its end-of-text token
         cut = np.append(blank[document], True)
         cut[0], at, n = True, 0, n_context + n_choice
         while at + n <= len(document):
@@ -169,15 +171,15 @@ def occurs(tokens, queries, chunk=1 << 20):
     return np.array([query.tobytes() in found for query in queries], bool)
 
 
-def held_out_rows(folder, n_val):
-    """The rows of docs.json that lie in val.bin."""
+def rows_of(folder, split, n_tokens):
+    """The rows of docs.json that lie in train.bin or val.bin."""
     try:
-        rows = [row for row in json.loads((folder / "docs.json").read_text("utf-8")) if row["split"] == "val"]
-        ok = all(0 <= row["start"] < row["start"] + row["length"] <= n_val and isinstance(row["title"] + row["source"], str) for row in rows)
+        rows = [row for row in json.loads((folder / "docs.json").read_text("utf-8")) if row["split"] == split]
+        ok = all(0 <= row["start"] < row["start"] + row["length"] <= n_tokens and isinstance(row["title"] + row["source"], str) for row in rows)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{folder}/docs.json is missing or damaged ({type(e).__name__}: {e}); run: python data/prepare.py") from None
     if not ok:
-        raise UserError(f"{folder}/docs.json does not fit val.bin; run: python data/prepare.py")
+        raise UserError(f"{folder}/docs.json does not fit {split}.bin; run: python data/prepare.py")
     return rows
 
 
@@ -186,19 +188,23 @@ def cloze(cfg):
     for name, least in (("items", 1), ("choices", 2), ("context_tokens", 1), ("choice_tokens", 2), ("seed", 0)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: expected at least {least}")
+    if cfg.split not in ("train", "val"):
+        raise UserError(f"--split={cfg.split}: expected val or train")
     folder = dataset_folder(cfg.dataset)
     train, val, meta = load_dataset(folder)
     encoding, rng, length = load_tokenizer(folder), np.random.default_rng(cfg.seed), cfg.context_tokens + cfg.choice_tokens
-    rows = held_out_rows(folder, len(val))
+    text, where = (val, "held-out text") if cfg.split == "val" else (train, "training text")
+    rows = rows_of(folder, cfg.split, len(text))
     rows = [rows[i] for i in rng.permutation(len(rows))]
     # a large corpus gives more windows than anyone needs: some documents, drawn, are enough to choose from
-    windows = list(itertools.islice(cut_windows(val, rows, encoding, cfg.context_tokens, cfg.choice_tokens), 20 * cfg.items))
+    windows = list(itertools.islice(cut_windows(text, rows, encoding, cfg.context_tokens, cfg.choice_tokens), 20 * cfg.items))
     if len(windows) < cfg.choices:
         longest = max((row["length"] - 1 for row in rows), default=0)
-        raise UserError(f"{folder}: {len(windows)} windows of {length} tokens in the held-out text, expected at least {cfg.choices}; its longest "
+        raise UserError(f"{folder}: {len(windows)} windows of {length} tokens in the {where}, expected at least {cfg.choices}; its longest "
                         f"document has {longest} tokens: lower --context_tokens or --choice_tokens, or hold out more (--val_fraction)")
     dropped, pool, sources, seen = Counter(), [], defaultdict(list), set()
-    for window, known in zip(windows, occurs(train, [w.tokens[cfg.context_tokens:] for w in windows])):
+    known = occurs(train, [w.tokens[cfg.context_tokens:] for w in windows]) if cfg.split == "val" else [False] * len(windows)
+    for window, known in zip(windows, known):
         plain = " ".join(window.choice.split())
         why = "occurs in training" if known else "repeats another's" if plain in seen else ""
         seen.add(plain)
@@ -228,20 +234,20 @@ def cloze(cfg):
         label = int(rng.integers(cfg.choices))
         choices = [pool[j].choice for j in others]
         choices.insert(label, w.choice)
-        items.append(check_item({"context": w.context, "choices": choices, "label": label, "id": f"{meta['name']}:val:{w.at}", "document": w.document,
+        items.append(check_item({"context": w.context, "choices": choices, "label": label, "id": f"{meta['name']}:{cfg.split}:{w.at}", "document": w.document,
                                  "source": w.source, "widened": sum(pool[j].source != w.source for j in others)}, folder))
     if not items:
         raise UserError(f"{folder}: no item is left of {len(windows)} windows ({', '.join(f'{n} {why}' for why, n in dropped.items())}); "
                         "raise --choice_tokens, or hold out more text")
-    print(f"{len(windows):,} windows of {cfg.context_tokens} + {cfg.choice_tokens} tokens in the held-out text of {folder.name}")
+    print(f"{len(windows):,} windows of {cfg.context_tokens} + {cfg.choice_tokens} tokens in the {where} of {folder.name}")
     for why, n in sorted(dropped.items()):
         print(f"{n:,} dropped {why}")
     count = Counter(item["source"] for item in items)
     print(f"{len(count):,} sources: {', '.join(f'{source} {n:,}' for source, n in count.most_common(8))}{', ...' if len(count) > 8 else ''}")
     print(f"{sum(item['widened'] > 0 for item in items):,} items with distractors of other sources, their own having too few")
     if len(items) < cfg.items:
-        print(f"fewer than --items={cfg.items:,}: the held-out text gives no more")
-    write_items(items, cfg.out or folder / "cloze.jsonl")
+        print(f"fewer than --items={cfg.items:,}: the {where} gives no more")
+    write_items(items, cfg.out or folder / ("cloze.jsonl" if cfg.split == "val" else "cloze-train.jsonl"))
     return items
 
 
