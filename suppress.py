@@ -550,23 +550,24 @@ def read_items(lab, items):
 
 
 @torch.no_grad()
-def choice_scores(lab, s, kind, gains=None, temperature=1.0, directions=None):
-    """-> the scores (C,) of all choices, and their derivatives by the gains (C, M) at these gains: the sum over a choice's tokens of
-    a_ti <W_y - W^T pi_t, p_i>. Other `directions` (M, d) may stand for the prototypes."""
+def choice_scores(lab, s, kind, gains=None, temperature=1.0, directions=None, slopes=False):
+    """-> the scores (C,) of all choices; with `slopes` also their derivatives by the gains (C, M) at these gains, the sum over a choice's
+    tokens of a_ti <W_y - W^T pi_t, p_i>. Other `directions` (M, d) may stand for the prototypes."""
     P, st = lab.P if directions is None else directions, s.states
     gains = torch.ones(len(P), device=lab.device) if gains is None else gains
-    score, slope = torch.zeros(len(s.size), device=lab.device), torch.zeros(len(s.size), len(P), device=lab.device)
+    score, slope = torch.zeros(len(s.size), device=lab.device), torch.zeros(len(s.size) if slopes else 0, len(P), device=lab.device)
     for i in range(0, len(st.z), 2048):
         at = slice(i, i + 2048)
         z = st.z[at] + F.embedding_bag(st.ids[at], P, per_sample_weights=st.gates[at] * (gains - 1)[st.ids[at]], mode="sum")
         logp = (z @ lab.W.T / temperature).log_softmax(1)
         score.index_add_(0, s.choice[at], logp.gather(1, st.y[at, None])[:, 0])
-        error = lab.W[st.y[at]] - logp.exp() @ lab.W
-        slices = (error @ P.T).gather(1, st.ids[at]) * st.gates[at]                             # (n, k)
-        slope.view(-1).index_add_(0, (s.choice[at, None] * len(P) + st.ids[at]).flatten(), slices.flatten())
+        if slopes:
+            error = lab.W[st.y[at]] - logp.exp() @ lab.W
+            slices = (error @ P.T).gather(1, st.ids[at]) * st.gates[at]                         # (n, k)
+            slope.view(-1).index_add_(0, (s.choice[at, None] * len(P) + st.ids[at]).flatten(), slices.flatten())
     if kind == "norm":
-        score, slope = score / s.size, slope / s.size[:, None]
-    return score, slope
+        score, slope = score / s.size, slope / s.size[:, None] if slopes else slope
+    return (score, slope) if slopes else score
 
 
 def right(scores, s, items):
@@ -594,23 +595,22 @@ def controller(score, slope, s, items, l2, l1, steps=300):
     theta = look = torch.zeros(slope.size(1), device=slope.device)
     momentum, step = 1.0, 16.0
 
-    def smooth(x):
-        return likelihood(score + slope @ x, s, items) + l2 / 2 * x.square().sum()
+    def smooth(x, grad=False):
+        v = (score + slope @ x).requires_grad_(grad)
+        value = likelihood(v, s, items)
+        return value + l2 / 2 * x.square().sum(), (slope.T @ torch.autograd.grad(value, v)[0] + l2 * x if grad else None)
     for _ in range(steps):
-        x = look.detach().requires_grad_(True)
-        value = smooth(x)
-        grad, = torch.autograd.grad(value, x)
-        with torch.no_grad():
-            while True:
-                new = look - step * grad
-                new = new.sign() * (new.abs() - step * l1).clamp(min=0)
-                move = new - look
-                if smooth(new) <= value + (grad * move).sum() + move.square().sum() / (2 * step) + 1e-9 or step < 1e-6:
-                    break
-                step /= 2
-            after = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
-            theta, look, momentum = new, new + (momentum - 1) / after * (new - theta), after
-    return theta.detach()
+        value, grad = smooth(look, True)
+        while True:
+            new = look - step * grad
+            new = new.sign() * (new.abs() - step * l1).clamp(min=0)
+            move = new - look
+            if smooth(new)[0] <= value + (grad * move).sum() + move.square().sum() / (2 * step) + 1e-9 or step < 1e-6:
+                break
+            step /= 2
+        after = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
+        theta, look, momentum = new, new + (momentum - 1) / after * (new - theta), after
+    return theta
 
 
 def sharpness(score, s, items):
@@ -629,7 +629,7 @@ def calibrated(lab, s, kind, folds, directions=None):
     `folds` (a list of arrays of items); if none beats no controller at all, gains are ones. -> gains, penalties"""
     items, gains = np.concatenate(folds), torch.ones(len(lab.P), device=lab.device)
     for turn in range(ROUNDS):
-        score, slope = choice_scores(lab, s, kind, gains, directions=directions)
+        score, slope = choice_scores(lab, s, kind, gains, directions=directions, slopes=True)
         b = sharpness(score, s, items)
         score, slope = b * (score - slope @ (gains - 1)), b * slope                             # as functions of theta
         if not turn:
@@ -673,16 +673,16 @@ def calibrate(argv):
 
     # -- the controls: one temperature; random directions with the prototypes' gates and lengths
     every, whole = np.arange(len(items)), np.arange(len(fitted))
-    tau = max((0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 3.0), key=lambda t: (right(choice_scores(lab, s, cfg.score, temperature=t)[0], s, whole).mean(), -abs(math.log(t))))
+    tau = max((0.5, 0.7, 1.0, 1.4, 2.0), key=lambda t: (right(choice_scores(lab, s, cfg.score, temperature=t), s, whole).mean(), -abs(math.log(t))))
     random = F.normalize(torch.randn(lab.P.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(lab.device), dim=1) * lab.P.norm(dim=1, keepdim=True)
     other, _ = calibrated(lab, s, cfg.score, folds, random)
     sides = {"uncalibrated": {}, "controller": dict(gains=gains), f"temperature {tau:g}": dict(temperature=tau), "random directions": dict(gains=other, directions=random)}
     owner, result, scores = documents(items), {}, {}
     for side, options in sides.items():
-        scores[side] = right(choice_scores(lab, test, cfg.score, **options)[0], test, every)
+        scores[side] = right(choice_scores(lab, test, cfg.score, **options), test, every)
         change = scores[side].astype(float) - scores["uncalibrated"]
         points = [100 * u for u in interval(np.bincount(owner, change), np.bincount(owner).astype(float), cfg.seed)]  # documents are drawn again, with all their items
-        fit_accuracy = float(right(choice_scores(lab, s, cfg.score, **options)[0], s, whole).mean())
+        fit_accuracy = float(right(choice_scores(lab, s, cfg.score, **options), s, whole).mean())
         result[side.split()[0]] = dict(accuracy=float(scores[side].mean()), points=points, calibration_accuracy=fit_accuracy)
         print(f"{side:>18}: accuracy {scores[side].mean():.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}]; {fit_accuracy:.1%} where it was fitted", flush=True)
 
@@ -698,7 +698,7 @@ def calibrate(argv):
 def trace(lab, gains, s, items, was, now, cfg):
     """The largest gains: for each prototype the tokens that it raises, the training tokens where its gate is largest, and the test
     items that the controller turned and in which it did most. Printed, and returned as plain values."""
-    theta, slope = gains - 1, choice_scores(lab, s, cfg.score)[1]
+    theta, slope = gains - 1, choice_scores(lab, s, cfg.score, slopes=True)[1]
     turned = [(n, bool(now[n])) for n in np.flatnonzero(was != now)]
     print(f"{sum(up for _, up in turned)} test items turned right, {sum(not up for _, up in turned)} wrong")
     most = {}                                                                                  # item -> the prototype that did most, for the right choice or against
