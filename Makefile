@@ -10,6 +10,8 @@ demo: .venv/ready
 	.venv/bin/python attribute.py index
 	.venv/bin/python attribute.py query --prompt="Return the number of" --target=" bytes" --top=3
 	.venv/bin/python attribute.py report --prompt="Return the number of"
+	.venv/bin/python suppress.py find --behavior='>>>' --name=examples --mode=fit --tokens=60000
+	.venv/bin/python suppress.py apply --gains=out/gains/examples.json --prompt=">>> import" --num_samples=3
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q tests

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_tokenizer, parse_config, pick_device,
+from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_gains, load_tokenizer, parse_config, pick_device,
                    read_metrics, run_main, set_up_ranks, window_starts)
 
 FORMAT = 2
@@ -80,6 +80,7 @@ class QueryConfig:
 class ExplainConfig:
     out_dir: str = "out"      # the run
     prompt: str = ""          # its tokens' logits are explained, and the likeliest next token's
+    gains: str = ""           # a gains file that turns prototypes up or down; several with commas between
     top: int = 4              # slices shown a token
     device: str = "auto"      # auto, cpu, cuda or mps
 
@@ -1001,8 +1002,9 @@ def explain(argv):
     run = Run(cfg.out_dir, cfg.device)
     ids, _ = run.encode(cfg.prompt)
     idx = torch.tensor([ids], device=run.device)
-    following = torch.tensor([[*ids[1:], int(run.model(idx)[0][..., :run.tokenizer.n_vocab].argmax())]], device=run.device)
-    e = run.model.explain(idx, following)
+    gains = load_gains(cfg.gains, run.model) if cfg.gains else None
+    following = torch.tensor([[*ids[1:], int(run.model(idx, gains=gains)[0][..., :run.tokenizer.n_vocab].argmax())]], device=run.device)
+    e = run.model.explain(idx, following, gains)
     parts = e.contributions.double().sum(-1) + e.residual.double()
     print(f"{'token':>16} {'logit':>9} = {'residual':>9} + {'slices':>9}   largest slices, prototype: share (gate)")
     for t, y in enumerate(following[0].tolist()):
@@ -1138,6 +1140,21 @@ def explorer_text(index, name, ids):
     return {"name": name, "tokens": tokens}
 
 
+def interventions(run):
+    """What suppress.py sweep wrote for this checkpoint, as the page shows it."""
+    found = []
+    for path in sorted((run.out_dir / "gains").glob("*.sweep")):
+        try:
+            x = json.loads(path.read_text("utf-8"))
+            if x["checkpoint"] == run.hash:
+                rows = [[str(v) for v in r.values()] for r in x["rows"]]
+                found.append({"name": str(x["name"]), "behavior": f"{x['behavior']}: {x['summary']}", "before": [str(t) for t in x["before"]], "after": [str(t) for t in x["after"]],
+                              "table": {"columns": [str(n) for n in x["rows"][0]], "rows": rows}, "plot": str(x["plot"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as e:
+            raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); remove it, or run: python suppress.py sweep again") from None
+    return found or None
+
+
 def report_data(index, prompt="", max_new_tokens=12):
     """Everything that report.html shows of a run, as plain values."""
     run, out_dir = index.run, index.run.out_dir
@@ -1179,7 +1196,7 @@ def report_data(index, prompt="", max_new_tokens=12):
             "loss_png": "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode() if png.exists() else None,
             "loss_alt": "training and validation loss by tokens; the head's terms beside them", "terms": {"columns": [*rows[0]] if rows else [], "rows": [[*r.values()] for r in rows[-60:]]},
             "health": {"density": density.tolist(), "spectrum": torch.linalg.svdvals(P).tolist(), "pairs": [[i, j, v] for (i, j), v in near]},
-            "texts": texts, "cards": [made.card(i) for i in tqdm(sorted(busiest.tolist()), unit="card", disable=not sys.stderr.isatty())], "gains": None,
+            "texts": texts, "cards": [made.card(i) for i in tqdm(sorted(busiest.tolist()), unit="card", disable=not sys.stderr.isatty())], "gains": interventions(run),
             "reproduce": [f"python data/prepare.py  # {run.meta.get('command', '')}", f"python train.py --dataset={train['dataset']} --out_dir={out_dir.name} --seed={train['seed']}",
                           f"python attribute.py index --out_dir={out_dir.name} --mu={index.meta['mu']:g}", f"python attribute.py report --out_dir={out_dir.name}"]}
 

@@ -469,12 +469,14 @@ def sweep(argv):
         table = csv.DictWriter(f, rows[0])
         table.writeheader()
         table.writerows(rows)
+    said = ("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
+            + f": cut by {cut:.0%}, by random prototypes {control:.0%}; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
+    result["summary"], result["checkpoint"] = said, made["checkpoint"]
     result["plot"] = picture(rows, made["behavior"], path.with_suffix(".png"))
     with atomic(path.with_suffix(".sweep"), "w", encoding="utf-8") as f:
         json.dump(result, f)
     print(f"{path.with_suffix('')}.csv, .png, .sweep (python attribute.py report shows them)")
-    print("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
-          + f": cut by {cut:.0%}, by random prototypes {control:.0%}; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
+    print(said)
 
 
 def picture(rows, behavior, path):
@@ -592,7 +594,7 @@ def likelihood(scores, s, items):
 def controller(score, slope, s, items, l2, l1, steps=300):
     """theta (M,), the minimum of  likelihood(score + slope theta) + l2/2 |theta|^2 + l1 |theta|_1  over `items`: convex, by FISTA
     (Beck and Teboulle 2009) with a backtracked step."""
-    theta = look = torch.zeros(slope.size(1), device=slope.device)
+    theta = look = slope.new_zeros(slope.size(1))
     momentum, step = 1.0, 16.0
 
     def smooth(x, grad=False):
