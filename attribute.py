@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_gains, load_tokenizer, parse_config, pick_device,
-                   read_metrics, run_main, set_up_ranks, window_starts)
+                   plain, read_metrics, run_main, set_up_ranks, window_starts)
 
 FORMAT = 2
 MU_SHARE = 0.1  # LDS is flat from 0.0003 to 0.3 (experiments/lds.py)
@@ -685,11 +685,6 @@ class Answer:
         head = f"<tr><th>{'nats' if self.hessian != 'none' else 'gradient product'}</th><th>document</th><th>text</th><th>prototypes</th></tr>"
         return (f"<p><code>{html.escape(self.prompt)}</code> &rarr; <code>{html.escape(self.target)}</code>, loss {self.loss:.3f} nats</p>"
                 f"<table>{head}{rows(self.proponents)}{rows(self.opponents)}</table>")
-
-
-def plain(text):
-    """Training text for a terminal: what is not printable is written as an escape, and cannot act."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def entry_line(e):

@@ -696,6 +696,11 @@ def parse_config(cls, argv):
     return cfg
 
 
+def plain(text, keep=""):
+    """Text of others for a terminal: what is not printable, but for the characters `keep`, is written as an escape, and cannot act."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
 def run_main(main):
     """Calls main(sys.argv[1:]); what the user can mend becomes one line on standard error and exit status 2."""
     try:

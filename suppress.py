@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_gains, load_tokenizer, parse_config, pick_device,
-                   run_main)
+                   plain, run_main)
 
 
 # ----------------------------------------------------------------------------- configuration, a dataclass a subcommand
@@ -427,7 +427,7 @@ def apply(argv):
     for i, rows in enumerate(zip(*both)):
         print(f"--- {i + 1}: {plain(lab.tokenizer.decode(idx[i].tolist()))}")
         for name, row in zip(("before", " after"), rows):
-            print(f"{name} | " + plain(lab.tokenizer.decode(row.tolist())).replace("\n", "\n       | "))
+            print(f"{name} | " + plain(lab.tokenizer.decode(row.tolist()), keep="\n").replace("\n", "\n       | "))
     pattern = about(cfg.gains).get("behavior") if Path(cfg.gains).exists() else None
     if isinstance(pattern, str):
         n = [counted(lab, idx, new, compiled(pattern)).sum() for new in both]
@@ -498,11 +498,6 @@ def picture(rows, behavior, path):
     with atomic(path) as f:
         f.write(buffer.getvalue())
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def plain(text):
-    """Text for a terminal: what is not printable is written as an escape, and cannot act; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 # ----------------------------------------------------------------------------- calibrate: linear controllers
