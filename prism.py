@@ -269,7 +269,7 @@ class PRISM(nn.Module):
         if gains is None:
             return m, m.gates
         gains = gains.to(m.gates)
-        keep = (gains > -math.inf).nonzero()[:, 0]
+        keep = (gains != -math.inf).nonzero()[:, 0]
         if len(keep) < len(gains):
             if len(keep) < self.config.top_k:
                 raise UserError(f"gains leave {len(keep)} prototypes in the search, expected at least top_k = {self.config.top_k}; take fewer out")
@@ -517,11 +517,14 @@ def load_gains(path, model):
     """
     if "," in str(path) and not Path(path).exists():
         parts = torch.stack([load_gains(p, model) for p in str(path).split(",")])
-        return torch.where((parts == -math.inf).any(0), -math.inf, parts.nan_to_num(neginf=1.0).prod(0))
+        product = parts.masked_fill(parts == -math.inf, 1.0).prod(0)
+        if not product.isfinite().all():
+            raise UserError(f"{path}: the product of these gains is not finite; turn them down")
+        return product.masked_fill((parts == -math.inf).any(0), -math.inf)
     try:
         about = json.loads(Path(path).read_text("utf-8"))
-        ids, values, owner, mode = about["ids"], about["gains"], about["checkpoint"], about.get("mode", "zero")
-        ok = len(ids) == len(values) == len(set(ids)) and all(type(i) is int for i in ids) and torch.tensor(values, dtype=torch.float32).isfinite().all()
+        ids, values, owner, mode = about["ids"], torch.tensor(about["gains"], dtype=torch.float32), about["checkpoint"], about.get("mode", "zero")
+        ok = all(type(i) is int for i in ids) and values.shape == (len(set(ids)),) == (len(ids),) and values.isfinite().all()
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError, RuntimeError) as e:
         raise UserError(f"{path} is no gains file ({type(e).__name__}: {e}); expected JSON with checkpoint, ids and gains") from None
     M = model.config.n_proto
@@ -534,7 +537,7 @@ def load_gains(path, model):
     if owner != fingerprint(model.state_dict()):
         raise UserError(f"{path} was made for another checkpoint ({str(owner)[:12]}); make it again for this one")
     gains = torch.ones(M, device=model.prototypes.device)
-    gains[torch.tensor(ids, dtype=torch.long)] = torch.tensor(values, dtype=torch.float32, device=gains.device)
+    gains[torch.tensor(ids, dtype=torch.long)] = values.to(gains.device)
     return gains.masked_fill(gains == 0, -math.inf) if mode == "reselect" else gains
 
 
@@ -693,6 +696,8 @@ def parse_config(cls, argv):
                 raise UserError(f"{word} is no TOML ({e}); write one `key = value` a line") from None
             for key, value in table.items():
                 put(key, value, word)
+    if getattr(cfg, "seed", 0) < 0:
+        raise UserError(f"seed is {cfg.seed}, expected 0 or more")
     return cfg
 
 

@@ -95,14 +95,14 @@ class CalibrateConfig:
 # ----------------------------------------------------------------------------- a behavior in text
 
 def token_bytes(tokenizer, vocab_size):
-    """The bytes of every token: a list of vocab_size; b"" for numbers that the tokenizer does not know."""
-    known = set(range(tokenizer.n_vocab))
-    return [tokenizer.decode_single_token_bytes(i) if i in known and i != tokenizer.eot_token else b"" for i in range(vocab_size)]
+    """The bytes of every token: a list of vocab_size. The end of a text is a zero, so that no word runs over it; numbers that the tokenizer
+    does not know are empty."""
+    return [b"\0" if i == tokenizer.eot_token else tokenizer.decode_single_token_bytes(i) if i < tokenizer.n_vocab else b"" for i in range(vocab_size)]
 
 
 def marks(tokens, pattern, pieces):
     """tokens (N,) -> carried (N,) and onset (N,), bools: tokens that overlap a match of `pattern` in their text; that hold its first
-    character. Bytes that are no UTF-8 (a text cut within a character) match nothing but `.`."""
+    character. Bytes that are no UTF-8 (a text cut within a character) match only what excludes characters, as `.` and `[^a]` do."""
     raw = [pieces[t] for t in tokens]
     ends = np.cumsum([len(b) for b in raw])
     text = b"".join(raw).decode("utf-8", "surrogateescape")
@@ -173,6 +173,8 @@ class Lab:
     def training_text(self, cfg):
         """-> tokens, carried, onset (N,), of the training text (its first 4 million tokens), or of the files of texts given, where every
         token of a positive text counts as an onset."""
+        if cfg.behavior and (cfg.positive or cfg.negative) or not cfg.behavior and not (cfg.positive and cfg.negative):
+            raise UserError("give --behavior=REGEX, or --positive and --negative, files of one text a line; not both")
         if cfg.behavior:
             tokens = np.asarray(self.train[:2 ** 22]).astype(np.int64)
             return tokens, *marks(tokens, compiled(cfg.behavior), self.pieces)
@@ -181,7 +183,7 @@ class Lab:
             try:
                 texts = [t for t in Path(path).read_text("utf-8").splitlines() if t.strip()]
             except (OSError, ValueError) as e:
-                raise UserError(f"{path or 'no file'} cannot be read ({e}); give --behavior=REGEX, or --positive and --negative, files of one text a line") from None
+                raise UserError(f"{path} cannot be read ({e}); expected a file of texts, one a line") from None
             if not texts:
                 raise UserError(f"{path} holds no text; expected one a line")
             ids = sum(([*self.tokenizer.encode_ordinary(t), self.tokenizer.eot_token] for t in texts), [])
@@ -195,11 +197,11 @@ class Lab:
         where there are so many), of the tuning half and of the test half of the held-out text (alternate windows)."""
         rng, T = np.random.default_rng(cfg.seed), self.T
         tokens, carried, onset = self.training_text(cfg)
-        if not onset[1:].any():
+        has = onset[1:(len(tokens) - 1) // T * T + 1].reshape(-1, T).any(1)
+        if not has.any():
             raise UserError(f"behavior={cfg.behavior} never occurs in {len(tokens):,} tokens of training text; there is nothing to learn it from")
         count = np.bincount(tokens, minlength=len(self.W))
         w = torch.from_numpy(np.bincount(tokens[onset], minlength=len(self.W)) / np.maximum(count, 1)).float().to(self.device)
-        has = onset[1:(len(tokens) - 1) // T * T + 1].reshape(-1, T).any(1)
         room, sample = max(2, cfg.tokens // T), []
         some, rest = (rng.permutation(np.flatnonzero(u)) for u in (has, ~has))
         kept = some[:max(room // 2, room - len(rest))]
@@ -210,7 +212,15 @@ class Lab:
         val = np.asarray(self.val[:2 ** 16]).astype(np.int64)
         marked = marks(val, compiled(cfg.behavior), self.pieces) if cfg.behavior else [np.zeros(len(val), bool)] * 2
         windows = np.arange((len(val) - 1) // T)
-        return w, States(*(torch.cat(u) for u in zip(*sample))), *(self.states(val, *marked, windows[half::2]) for half in (0, 1))
+        found = [States(*(torch.cat(u) for u in zip(*sample))), *(self.states(val, *marked, windows[half::2]) for half in (0, 1))]
+        if not all(s.free.any() for s in found):
+            raise UserError(f"behavior={cfg.behavior} covers all of the text; there is none without it to keep as it is: narrow the pattern")
+        return w, *found
+
+    def raised(self, i):
+        """The tokens whose logits prototype i raises most."""
+        logits = self.W[:self.tokenizer.n_vocab] @ self.P[i]
+        return [self.tokenizer.decode([t]) for t in logits.topk(min(5, len(logits))).indices.tolist()]
 
     # -- what gains do to cached states
 
@@ -287,7 +297,7 @@ def fit(lab, s, w, rate, lam, steps=100, batch=2048, lr=0.1, seed=0):
         b, order = s.take(order[:batch].to(lab.device)), order[batch:]
         with torch.no_grad():
             q = (b.z @ lab.W.T).softmax(1) * (1 - w)
-            q /= q.sum(1, keepdim=True)
+            q /= q.sum(1, keepdim=True).clamp(min=1e-9)
         logp = (lab.turned(b, 1 + theta) @ lab.W.T).log_softmax(1)
         left = logp.exp() @ w                                                                  # (n,) sum_v w_v pi_v
         kl = (1 - left).clamp(min=1e-4).log() - (q * logp).sum(1)                              # without terms that theta does not move
@@ -307,11 +317,10 @@ def candidates(lab, s, w, mode="auto", seed=0):
     ranks, M = rank(lab, s), len(lab.P)
     order = ranks["merit"].argsort(descending=True)
     for size in SIZES:
-        if size <= M - lab.model.config.top_k:
-            for gain in GAINS if mode in ("auto", "zero") else ():
-                yield "zero", size, gain, torch.ones(M, device=lab.device).index_fill_(0, order[:size], gain)
-            if mode in ("auto", "reselect"):
-                yield "reselect", size, None, torch.ones(M, device=lab.device).index_fill_(0, order[:size], -math.inf)
+        for gain in GAINS if mode in ("auto", "zero") and size <= M else ():
+            yield "zero", size, gain, torch.ones(M, device=lab.device).index_fill_(0, order[:size], gain)
+        if mode in ("auto", "reselect") and size <= M - lab.model.config.top_k:
+            yield "reselect", size, None, torch.ones(M, device=lab.device).index_fill_(0, order[:size], -math.inf)
     if mode in ("auto", "fit"):
         rate = lab.measure(s, w)[1]
         for lam in LAMBDAS:
@@ -345,25 +354,24 @@ def find(argv):
     w, train, tune, _ = lab.look(cfg)
     onsets = int(train.onset.sum())
     print(f"{onsets:,} onsets in {len(train.z):,} training tokens" + (": few; expect little" if onsets < 30 else "") + f"; {int(tune.onset.sum())} in {len(tune.z):,} tokens of the tuning split")
-    ranks, center = rank(lab, train), lab.W - lab.W.mean(0)
+    ranks = rank(lab, train)
     print("prototype  margin share  gate contrast   raises")
     for i in ranks["margin"].argsort(descending=True)[:cfg.top].tolist():
-        raised = (center[:lab.tokenizer.n_vocab] @ lab.P[i]).topk(min(5, lab.tokenizer.n_vocab)).indices.tolist()
-        print(f"{i:>9}  {ranks['margin'][i]:>12.1%}  {ranks['contrast'][i]:>+13.3f}   " + " ".join(repr(lab.tokenizer.decode([t])) for t in raised))
+        print(f"{i:>9}  {ranks['margin'][i]:>12.1%}  {ranks['contrast'][i]:>+13.3f}   " + " ".join(map(repr, lab.raised(i))))
     before, best = lab.measure(tune, w), None
     for mode, size, gain, gains in candidates(lab, train, w, cfg.mode, cfg.seed):
         loss, rate = effect(tune, before, lab.measure(tune, w, gains))
         print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%", flush=True)
-        if loss <= cfg.price and (best is None or rate < best[0]):
+        if loss <= cfg.price and rate < (best[0] if best else 1.0):
             best = rate, loss, mode, size, gain, gains
     if best is None:
-        raise UserError(f"nothing on the grid costs at most {cfg.price}% of loss; raise --price")
+        raise UserError(f"nothing that was tried lowers the rate and costs at most {cfg.price}% of loss; raise --price, or try another --mode")
     rate, loss, mode, size, gain, gains = best
     path = lab.out_dir / "gains" / f"{name}.json"
     write_gains(path, lab, gains, behavior=cfg.behavior or None, found=dict(by=mode, size=size, gain=gain, tuning_rate=round(rate, 4), tuning_loss_percent=round(loss, 4),
                 price=cfg.price, seed=cfg.seed, tokens=cfg.tokens, positive=cfg.positive, negative=cfg.negative))
     print(f"{path}: {int((gains != 1).sum())} prototypes by {mode} ({size:g}); on the tuning split, teacher-forced, rate x {rate:.3f}, loss {loss:+.3f}%. "
-          f"Next: python suppress.py sweep --out_dir={cfg.out_dir} --gains={path}")
+          f"Next: python suppress.py {'sweep' if cfg.behavior else 'apply'} --out_dir={cfg.out_dir} --gains={path}")
 
 
 # ----------------------------------------------------------------------------- apply and sweep: before and after, and the price
@@ -418,6 +426,8 @@ def apply(argv):
         raise UserError(f"num_samples is {cfg.num_samples}, max_new_tokens {cfg.max_new_tokens}; expected at least 1")
     lab = Lab(cfg.out_dir, cfg.device)
     gains = load_gains(cfg.gains, lab.model)
+    named = [about(path).get("behavior") for path in cfg.gains.split(",")] if not Path(cfg.gains).exists() else [about(cfg.gains).get("behavior")]
+    patterns = [compiled(p) for p in named if isinstance(p, str)]
     if cfg.prompt:
         ids = lab.tokenizer.encode_ordinary(cfg.prompt)
         idx = torch.tensor([ids] * cfg.num_samples, device=lab.device)
@@ -428,10 +438,9 @@ def apply(argv):
         print(f"--- {i + 1}: {plain(lab.tokenizer.decode(idx[i].tolist()))}")
         for name, row in zip(("before", " after"), rows):
             print(f"{name} | " + plain(lab.tokenizer.decode(row.tolist()), keep="\n").replace("\n", "\n       | "))
-    pattern = about(cfg.gains).get("behavior") if Path(cfg.gains).exists() else None
-    if isinstance(pattern, str):
-        n = [counted(lab, idx, new, compiled(pattern)).sum() for new in both]
-        print(f"{pattern!r}: {n[0]} matches before, {n[1]} after, in {both[0].size} tokens each")
+    for pattern in patterns:
+        n = [counted(lab, idx, new, pattern).sum() for new in both]
+        print(f"{pattern.pattern!r}: {n[0]} matches before, {n[1]} after, in {both[0].size} tokens each")
 
 
 def sweep(argv):
@@ -439,6 +448,8 @@ def sweep(argv):
     lab = Lab(cfg.out_dir, cfg.device)
     if not cfg.gains:
         raise UserError("no gains file; find some first: python suppress.py find --behavior='>>>' --name=examples, then --gains=out/gains/examples.json")
+    if "," in cfg.gains:
+        raise UserError(f"gains={cfg.gains}: sweep takes one file, that of find; apply shows several together")
     gains, made, path = load_gains(cfg.gains, lab.model), about(cfg.gains), Path(cfg.gains)
     if not isinstance(made.get("behavior"), str):
         raise UserError(f"{path} names no behavior to count; it was not made by find --behavior")
@@ -457,10 +468,11 @@ def sweep(argv):
     count = {n: counted(lab, idx, new, pattern) for n, new in text.items()}
     per = {n: interval(1000.0 * c, np.full(len(c), float(cfg.max_new_tokens))) for n, c in count.items()}
     after = lab.measure(test, w, gains)[0]
-    loss, low, high = interval(*(np.bincount(test.window.cpu(), (u * test.free).cpu()) for u in (after - before[0], before[0])))
-    cut, control = (1 - count[n].sum() / max(1, count["before"].sum()) for n in ("after", "control"))
+    window = np.unique(test.window.cpu().numpy(), return_inverse=True)[1]
+    loss, low, high = interval(*(np.bincount(window, (u * test.free).cpu()) for u in (after - before[0], before[0])))
+    cut, control = (round(1 - count[n].sum() / count["before"].sum(), 4) if count["before"].sum() else None for n in ("after", "control"))
     result = dict(name=path.stem, behavior=made["behavior"], gains=str(path), options=asdict(cfg), rows=rows, per_1000_tokens={n: [round(x, 4) for x in v] for n, v in per.items()},
-                  matches={n: int(c.sum()) for n, c in count.items()}, loss_percent=[round(100 * x, 4) for x in (loss, low, high)], cut=round(cut, 4), control_cut=round(control, 4))
+                  matches={n: int(c.sum()) for n, c in count.items()}, loss_percent=[round(100 * x, 4) for x in (loss, low, high)], cut=cut, control_cut=control)
     shown = np.argsort(-count["before"], kind="stable")[:4]
     for n in ("before", "after"):
         result[n] = [lab.tokenizer.decode([*idx[i].tolist(), *text[n][i].tolist()]) for i in shown]
@@ -469,7 +481,7 @@ def sweep(argv):
         table.writeheader()
         table.writerows(rows)
     said = ("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
-            + f": cut by {cut:.0%}, by random prototypes {control:.0%}; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
+            + (": none before, so nothing to cut: raise --prompts" if cut is None else f": cut by {cut:.0%}, by random prototypes (one draw) {control:.0%}") + f"; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
     result["summary"], result["checkpoint"] = said, made["checkpoint"]
     result["plot"] = picture(rows, made["behavior"], path.with_suffix(".png"))
     with atomic(path.with_suffix(".sweep"), "w", encoding="utf-8") as f:
@@ -520,10 +532,11 @@ def read_items(lab, items):
         for j, c in enumerate(x["choices"]):
             given = x.get("given", [0] * len(x["choices"]))[j]
             whole = lab.tokenizer.encode_ordinary(x["context"] + c)
-            start = len(lab.tokenizer.encode_ordinary(x["context"] + c[:given]))
-            start = min(start, len(whole) - 1)
+            head = lab.tokenizer.encode_ordinary(x["context"] + c[:given])
+            # scored: from the first token that is not the context's; the tokenizer may join the context's end and the choice
+            start = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole) - 1))
             if len(whole) - start > T:
-                raise UserError(f"item {n + 1}: choice {j} has {len(whole) - start} tokens, the context holds {T}")
+                raise UserError(f"item {x.get('id', n + 1)}: choice {j} has {len(whole) - start} tokens, the context holds {T}")
             if start == 0:
                 whole, start = [lab.tokenizer.eot_token, *whole], 1
             cut = max(0, len(whole) - T - 1)
@@ -660,6 +673,9 @@ def calibrate(argv):
     folds = [np.flatnonzero(np.isin(owner, part)) for part in parts]
     if min(map(len, folds)) < 1 or len(items) < 2:
         raise UserError(f"{len(fitted)} items to calibrate on, {len(items)} to test on, too few for {cfg.folds} folds of different documents; give more items or fewer --folds")
+    seen = {(x["context"], *x["choices"]) for x in fitted}
+    if any((x["context"], *x["choices"]) in seen for x in items):
+        raise UserError(f"{cfg.calibration} holds items of {cfg.task}; calibrate on others: python data/prepare.py cloze --split=train")
     lab = Lab(cfg.out_dir, cfg.device)
     s, test = read_items(lab, fitted), read_items(lab, items)
     gains, penalties = calibrated(lab, s, cfg.score, folds)
@@ -692,29 +708,29 @@ def calibrate(argv):
 
 
 def trace(lab, gains, s, items, was, now, cfg):
-    """The largest gains: for each prototype the tokens that it raises, the training tokens where its gate is largest, and the test
+    """The largest gains: for each prototype the tokens that it raises, the training tokens where its gate is largest (of the first 131,072), and the test
     items that the controller turned and in which it did most. Printed, and returned as plain values."""
-    theta, slope = gains - 1, choice_scores(lab, s, cfg.score, slopes=True)[1]
+    theta, (before, slope), after = gains - 1, choice_scores(lab, s, cfg.score, slopes=True), choice_scores(lab, s, cfg.score, gains)
     turned = [(n, bool(now[n])) for n in np.flatnonzero(was != now)]
     print(f"{sum(up for _, up in turned)} test items turned right, {sum(not up for _, up in turned)} wrong")
     most = {}                                                                                  # item -> the prototype that did most, for the right choice or against
     for n, up in turned:
         mine = np.flatnonzero(s.item == n)
-        rival = max((c for c in mine if c != s.label[n]), key=lambda c: float(slope[c] @ theta))
+        rival = max((c for c in mine if c != s.label[n]), key=lambda c: float((before if up else after)[c]))
         most[n] = int(((slope[s.label[n]] - slope[rival]) * theta * (1 if up else -1)).argmax())
     tokens = np.asarray(lab.train[:2 ** 17]).astype(np.int64)
     none = np.zeros(len(tokens), bool)
-    train, center, found = lab.states(tokens, none, none, np.arange((len(tokens) - 1) // lab.T)), lab.W - lab.W.mean(0), []
+    train, found = lab.states(tokens, none, none, np.arange((len(tokens) - 1) // lab.T)), []
     for i in theta.abs().argsort(descending=True)[:cfg.trace].tolist():
         if not theta[i]:
             break
         gate = (train.gates * (train.ids == i)).sum(1)
         near = []
-        for at in gate.topk(min(3, len(gate))).indices.tolist():
+        for at in [j for j in gate.topk(min(3, len(gate))).indices.tolist() if gate[j] > 0]:
             place = int(train.window[at]) * lab.T + at % lab.T + 1                            # of the token to be predicted
             near.append("".join((lab.tokenizer.decode(tokens[max(0, place - 12):place]), "«", lab.tokenizer.decode(tokens[place:place + 1]), "»")))
         mine = [n for n, _ in turned if most[n] == i]
-        raised = [lab.tokenizer.decode([t]) for t in (center[:lab.tokenizer.n_vocab] @ lab.P[i]).topk(min(5, lab.tokenizer.n_vocab)).indices.tolist()]
+        raised = lab.raised(i)
         found.append(dict(prototype=i, gain=round(1 + theta[i].item(), 4), raises=raised, training=near, turned=[str(items[n].get("id", n)) for n in mine]))
         print(f"prototype {i}, gain {1 + theta[i]:.2f}: raises {' '.join(map(repr, raised))}; did most in {len(mine)} turned items {' '.join(found[-1]['turned'][:3])}")
         for text in near:

@@ -185,7 +185,7 @@ def rows_of(folder, split, n_tokens):
 
 def cloze(cfg):
     """Writes the items; returns them."""
-    for name, least in (("items", 1), ("choices", 2), ("context_tokens", 1), ("choice_tokens", 2), ("seed", 0)):
+    for name, least in (("items", 1), ("choices", 2), ("context_tokens", 1), ("choice_tokens", 2)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: expected at least {least}")
     if cfg.split not in ("train", "val"):

@@ -65,14 +65,16 @@ def part_of(folder, source, keep):
 
 def trained(cfg, out_dir, dataset, seed):
     """Trains into out_dir unless that is done."""
-    log = out_dir / "done"
+    log, key = out_dir / "done", json.dumps(asdict(cfg) | {"mus": "", "out": "", "queries": 0, "models": 0})
+    if log.exists() and log.read_text().splitlines()[0] != key:
+        raise UserError(f"{out_dir} was trained with other options; give another --work, or remove it")
     if not log.exists():
         out_dir.mkdir(parents=True, exist_ok=True)
         r = subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={dataset}", f"--out_dir={out_dir}", f"--seed={seed}", "--resume", *cfg.train.split()],
                            capture_output=True, text=True)
         if r.returncode:
             raise UserError(f"train.py failed: {r.stderr[-2000:]}")
-        log.write_text(r.stdout)
+        log.write_text(f"{key}\n{r.stdout}")
 
 
 @torch.no_grad()

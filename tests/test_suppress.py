@@ -69,6 +69,10 @@ def test_gains_commute_and_files_compose(tmp_path):
         prism.load_gains(file("d.json", ids=[], gains=[], mode="half"), model)
     with pytest.raises(UserError, match="different ids"):
         prism.load_gains(file("e.json", ids=[1, 1], gains=[0, 1]), model)
+    with pytest.raises(UserError, match="no gains file|as many"):
+        prism.load_gains(file("n.json", ids=[0, 1], gains=[[1], [2]]), model)
+    with pytest.raises(UserError, match="not finite"):
+        prism.load_gains(",".join(file(f"{n}.json", ids=[0], gains=[1e30]) for n in "xy"), model)
     with pytest.raises(UserError, match="another checkpoint"):
         prism.load_gains(f"{a},{file('f.json', ids=[], gains=[], checkpoint='00')}", model)
 
@@ -149,6 +153,20 @@ def test_the_control_turns_other_prototypes_that_fire_as_often():
 
 ITEMS = [dict(context="the cat sat on the", choices=[" mat", " dog ran"], label=0, document="a"), dict(context="", choices=["a dog", "a hen", "cat"], label=2, document="b"),
          dict(context="my ", choices=["hen is in", "hen ran"], label=1, given=[3, 3], document="c")] * 4
+ITEMS = [x | {"context": x["context"] + " the" * (n // 3)} for n, x in enumerate(ITEMS)]  # all different
+
+
+def test_a_choice_that_the_tokenizer_joins_to_its_context_is_scored_whole(run, monkeypatch):
+    lab = Lab(run, "cpu")
+
+    class Joining:  # " n" is one token, 255; all else is bytes
+        n_vocab, eot_token = 257, 256
+
+        def encode_ordinary(self, text):
+            return [255 if piece == " n" else ord(piece) for piece in re.findall(" n|.", text)]
+    lab.tokenizer = Joining()
+    s = suppress.read_items(lab, [dict(context="of ", choices=["now", "then"], label=0)])
+    assert s.states.y.tolist() == [255, *b"ow", *b"then"] and s.choice.tolist() == [0] * 3 + [1] * 4
 
 
 def test_choice_scores_and_slopes_against_plain_loops(run):
@@ -162,9 +180,10 @@ def test_choice_scores_and_slopes_against_plain_loops(run):
             head, whole = tokenizer.encode_ordinary(x["context"] + c[:given]), tokenizer.encode_ordinary(x["context"] + c)
             if not head:
                 head, whole = [tokenizer.eot_token], [tokenizer.eot_token, *whole]
+            n = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), len(head))
             cut = max(0, len(whole) - lab.T - 1)
             logp = model.logits(model.hidden(torch.tensor([whole[cut:-1]])))[0].log_softmax(-1)
-            want.append(sum(logp[t - 1 - cut, whole[t]].item() for t in range(len(head), len(whole))))
+            want.append(sum(logp[t - 1 - cut, whole[t]].item() for t in range(n, len(whole))))
             sizes.append(len(c[given:].encode()))
     score, slope = suppress.choice_scores(lab, s, "sum", slopes=True)
     assert score.tolist() == pytest.approx(want, rel=1e-4)
@@ -225,7 +244,11 @@ def test_find_apply_sweep_and_calibrate(run, tmp_path, capsys):
     task.write_text("".join(json.dumps(x | {"document": str(n)}) + "\n" for n, x in enumerate(ITEMS)))
     suppress.main(["calibrate", f"--out_dir={run}", f"--task={task}", "--folds=2", "--name=c"])
     assert lines(capsys)[-1].startswith(f"{run}/gains/c.json: accuracy ")
-    suppress.main(["calibrate", f"--out_dir={run}", f"--task={task}", f"--calibration={task}", "--folds=2", "--name=c", "--score=norm"])
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(x | {"context": "my " + x["context"], "document": str(n)}) + "\n" for n, x in enumerate(ITEMS)))
+    suppress.main(["calibrate", f"--out_dir={run}", f"--task={task}", f"--calibration={other}", "--folds=2", "--name=c", "--score=norm"])
+    with pytest.raises(UserError, match="holds items of"):
+        suppress.main(["calibrate", f"--out_dir={run}", f"--task={task}", f"--calibration={task}", "--folds=2"])
     found = json.loads((run / "gains/c.json").read_text())
     assert set(found["found"]["result"]) == {"uncalibrated", "controller", "temperature", "random"} and prism.load_gains(run / "gains/c.json", model).shape == (12,)
     (tmp_path / "yes.txt").write_text("the cat sat\na cat\n")
@@ -241,7 +264,8 @@ def test_bad_input_is_refused(run, tmp_path):
     broken.write_text(json.dumps(ITEMS[0]) + "\n{\n")
     far = tmp_path / "far.jsonl"
     far.write_text(json.dumps(ITEMS[0] | {"label": 2}) + "\n")
-    for words, message in ((["find", "--behavior=zebra"], "never occurs in"), (["find", "--behavior=("], "is no regular expression"), (["find"], "give --behavior=REGEX"),
+    for words, message in ((["find", "--behavior=zebra"], "never occurs in"), (["find", "--behavior=("], "is no regular expression"), (["find"], "give --behavior=REGEX"), (["find", "--behavior=(?s)."], "covers all of the text"),
+                           (["find", "--behavior=cat", "--positive=x"], "not both"), (["find", "--behavior=cat", "--seed=-1"], "seed is -1"), (["sweep", "--gains=a,b"], "sweep takes one file"),
                            (["find", "--behavior=cat", "--mode=half"], "mode=half"), (["find", "--behavior=cat", "--name=../x"], "name='../x'"),
                            (["find", "--behavior=cat", "--price=-1"], "price -1"), (["apply"], "no gains file"), (["sweep"], "no gains file"),
                            (["calibrate"], "no --task"), (["calibrate", f"--task={task}"], "too few for 3 folds"), (["calibrate", f"--task={broken}"], "broken.jsonl:2"),

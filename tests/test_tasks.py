@@ -11,7 +11,7 @@ import prepare
 import tasks
 from conftest import write_dataset
 from prism import UserError, load_dataset, load_tokenizer, parse_config
-from tasks import ClozeConfig, load_items, occurs
+from tasks import load_items, occurs
 from test_prepare import jsonl, server  # noqa: F401
 
 
@@ -80,7 +80,7 @@ def test_what_is_dropped_is_what_training_holds(corpus, capsys):
     train, val, _ = load_dataset(corpus)
     encoding = load_tokenizer(corpus)
     known, text = {tuple(train[i:i + 6]) for i in range(len(train) - 5)}, encoding.decode(train.tolist())
-    copied = [w for w in tasks.cut_windows(val, tasks.held_out_rows(corpus, len(val)), encoding, 12, 6) if tuple(w.tokens[12:]) in known]
+    copied = [w for w in tasks.cut_windows(val, tasks.rows_of(corpus, "val", len(val)), encoding, 12, 6) if tuple(w.tokens[12:]) in known]
     assert len(copied) > 10 and f"\n{len(copied)} dropped whose continuation occurs in training" in capsys.readouterr().out
     choices = {choice for item in items for choice in item["choices"]}
     assert len(items) > 150 and not [c for c in choices if re.search(re.escape(c) + r"(?!\w)", text)]  # in a longer word it is other text
@@ -152,7 +152,7 @@ def test_tokens_that_the_text_does_not_give_again(tmp_path):
 
 @pytest.mark.parametrize("words, match", [
     (["--dataset=nowhere"], "no prepared dataset in .*nowhere"), (["--items=0"], "--items=0: expected at least 1"), (["--choices=1"], "--choices=1: expected at least 2"),
-    (["--context_tokens=-4"], "--context_tokens=-4: expected at least 1"), (["--choice_tokens=1"], "at least 2"), (["--seed=-1"], "--seed=-1: expected at least 0"),
+    (["--context_tokens=-4"], "--context_tokens=-4: expected at least 1"), (["--choice_tokens=1"], "at least 2"), (["--seed=-1"], "seed is -1, expected 0 or more"),
     (["--context_tokens=3000"], "0 windows of 3005 tokens .* longest document has \\d+ tokens: lower --context_tokens"), (["--choice=3"], "nearest is 'choices'"),
     (["--choices=5000"], "\\d+ windows of 53 tokens .* expected at least 5000")])
 def test_cloze_refuses(corpus, words, match):
@@ -311,3 +311,10 @@ def test_downloads(tmp_path, server, task):  # noqa: F811
         wrong("no item named 'ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl'", *words[:3])
     server.files = {}
     wrong("404 Not Found", task, f"--mirror={server.url}", f"--data_dir={tmp_path}/new")
+
+
+def test_items_of_the_training_text_are_its_own(corpus, tmp_path):
+    items = run(corpus, "--split=train", "--items=50", "--context_tokens=12", "--choice_tokens=6", f"--out={tmp_path}/t.jsonl")
+    train, _, meta = load_dataset(corpus)
+    text = load_tokenizer(corpus).decode(train.tolist())
+    assert len(items) == 50 and all(x["context"] + x["choices"][x["label"]] in text and x["id"].startswith(f"{meta['name']}:train:") for x in items)
