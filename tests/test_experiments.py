@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import tiny, write_run
 from test_train import TINY
+
+import suppress
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -115,3 +117,13 @@ def test_what_attribution_costs_and_what_less_of_it_loses(made, tmp_path):
     lines = script("attribution_small.py", f"--out_dir={made}", "--settings=--rank=16;--rank=2", "--queries=5", f"--out={tmp_path}/a.json")
     found = json.loads((tmp_path / "a.json").read_text())["settings"]
     assert found["--rank=16"]["r"] > 0.999 > found["--rank=2"]["r"] and lines[-1].endswith("--rank=2")
+
+
+def test_rivals_of_suppression(tmp_path):
+    out = write_run(tmp_path, iters=135)
+    suppress.main(["find", f"--out_dir={out}", "--behavior=h", "--name=h", "--mode=zero", "--tokens=1500", "--price=1000"])
+    lines = script("interventions.py", f"--out_dir={out}", f"--gains={out}/gains/h.json", "--prompts=6", "--max_new_tokens=20", "--steps=20", "--tokens=1500", f"--out={tmp_path}/i.json")
+    sides = json.loads((tmp_path / "i.json").read_text())["sides"]
+    assert list(sides) == ["before", "gains", "ban", "bias", "finetune"] and lines[-1].startswith("'h': loss at equal rate: gains ")
+    assert sides["before"]["rate"] == 1 and sides["ban"]["rate"] < 0.01 and sides["bias"]["rate"] == pytest.approx(sides["gains"]["rate"], rel=0.05)
+    assert sides["ban"]["matches_per_1000"] == 0
