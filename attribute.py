@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_gains, load_tokenizer, parse_config, pick_device,
-                   plain, read_metrics, run_main, set_up_ranks, window_starts)
+                   plain, read_metrics, run_command, run_main, set_up_ranks, window_starts)
 
 FORMAT = 2
 MU_SHARE = 0.1  # LDS is flat from 0.0003 to 0.3 (experiments/lds.py)
@@ -1214,12 +1214,7 @@ COMMANDS = {"index": index, "query": query, "explain": explain, "cards": cards, 
 
 
 def main(argv):
-    if not argv or argv[0] not in COMMANDS:
-        print(__doc__)
-        if argv and argv[0] in ("-h", "--help"):
-            return
-        raise UserError(f"{'no command' if not argv else repr(argv[0])}; expected {', '.join(COMMANDS)}, each with --help")
-    COMMANDS[argv[0]](argv[1:])
+    run_command(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -706,6 +706,16 @@ def plain(text, keep=""):
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
+def run_command(commands, doc, argv):
+    """Subcommands first: commands {name: function of the words behind it}. Without one, or with --help, prints doc."""
+    if not argv or argv[0] not in commands:
+        print(doc)
+        if argv and argv[0] in ("-h", "--help"):
+            return
+        raise UserError(f"{'no command' if not argv else repr(argv[0])}; expected {', '.join(commands)}, each with --help")
+    commands[argv[0]](argv[1:])
+
+
 def run_main(main):
     """Calls main(sys.argv[1:]); what the user can mend becomes one line on standard error and exit status 2."""
     try:

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_gains, load_tokenizer, parse_config, pick_device,
-                   plain, run_main)
+                   plain, run_command, run_main)
 
 
 # ----------------------------------------------------------------------------- configuration, a dataclass a subcommand
@@ -744,12 +744,7 @@ COMMANDS = {"find": find, "apply": apply, "sweep": sweep, "calibrate": calibrate
 
 
 def main(argv):
-    if not argv or argv[0] not in COMMANDS:
-        print(__doc__)
-        if argv and argv[0] in ("-h", "--help"):
-            return
-        raise UserError(f"{'no command' if not argv else repr(argv[0])}; expected {', '.join(COMMANDS)}, each with --help")
-    COMMANDS[argv[0]](argv[1:])
+    run_command(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":
