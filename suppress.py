@@ -698,6 +698,10 @@ def calibrate(argv):
         result[side.split()[0]] = dict(accuracy=float(scores[side].mean()), points=points, calibration_accuracy=fit_accuracy)
         print(f"{side:>18}: accuracy {scores[side].mean():.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}]; {fit_accuracy:.1%} where it was fitted", flush=True)
 
+    over = [100 * u for u in interval(np.bincount(owner, scores["controller"].astype(float) - scores["random directions"]), np.bincount(owner).astype(float), cfg.seed)]
+    print(f"controller against random directions: {over[0]:+.1f} points [{over[1]:+.1f}, {over[2]:+.1f}]")
+    result["over_random"] = over
+
     # -- the largest gains, traced to training text and to the items that they turned
     traced = trace(lab, gains, test, items, scores["uncalibrated"], scores["controller"], cfg)
     path = lab.out_dir / "gains" / f"{name}.json"

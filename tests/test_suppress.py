@@ -250,7 +250,7 @@ def test_find_apply_sweep_and_calibrate(run, tmp_path, capsys):
     with pytest.raises(UserError, match="holds items of"):
         suppress.main(["calibrate", f"--out_dir={run}", f"--task={task}", f"--calibration={task}", "--folds=2"])
     found = json.loads((run / "gains/c.json").read_text())
-    assert set(found["found"]["result"]) == {"uncalibrated", "controller", "temperature", "random"} and prism.load_gains(run / "gains/c.json", model).shape == (12,)
+    assert set(found["found"]["result"]) == {"uncalibrated", "controller", "temperature", "random", "over_random"} and prism.load_gains(run / "gains/c.json", model).shape == (12,)
     (tmp_path / "yes.txt").write_text("the cat sat\na cat\n")
     (tmp_path / "no.txt").write_text("the dog ran\na hen\n")
     suppress.main(["find", f"--out_dir={run}", f"--positive={tmp_path}/yes.txt", f"--negative={tmp_path}/no.txt", "--name=texts", "--mode=zero", "--price=1000"])
