@@ -85,6 +85,9 @@ def test_refit(made, tmp_path):
     assert len(found["documents"]) == 3 and f" query tokens: r full {found['pearson']['full']:.4f}, joined" in lines[-1]
     assert found["pearson"]["full"] > 0.97 > found["pearson"]["none"] and 0 < found["off_diagonal_share"] < 1
     assert script("refit.py", *words)[-1] == lines[-1]  # finished documents are not refitted
+    script("refit.py", *words[:-1], "--fitted=true", f"--out={tmp_path}/f.json")
+    fitted = json.loads((tmp_path / "f.json").read_text())
+    assert fitted["fit_on_all"]["steps"] > 0 == found["fit_on_all"]["steps"] and fitted["pearson"]["full"] > 0.97
 
 
 def test_lds(made, tmp_path):
