@@ -277,8 +277,8 @@ class PRISM(nn.Module):
             m = m._replace(ids=keep[again.ids], gates=again.gates)
         return m, m.gates * gains[m.ids]
 
-    def logits(self, z, gains=None):
-        """z (..., d), gains (M,) or None -> (..., V). With gains g: W (r + sum_i g_i a_i p_i) = W (z + sum_i (g_i - 1) a_i p_i)"""
+    def under(self, z, gains=None):
+        """z (..., d), gains (M,) or None -> the states that W reads, (..., d): r + sum_i g_i a_i p_i = z + sum_i (g_i - 1) a_i p_i"""
         if gains is not None:
             if not self.config.n_proto:
                 raise UserError("gains given, but this is a dense model (n_proto = 0); it has no prototypes to turn")
@@ -289,7 +289,11 @@ class PRISM(nn.Module):
             change = turned if fresh else turned - m.gates
             change = F.embedding_bag(m.ids, self.prototypes, per_sample_weights=change, mode="sum")
             z = m.residual.view_as(z) + change.view_as(z) if fresh else z + change.view_as(z)
-        return F.linear(z, self.transformer.wte.weight)
+        return z
+
+    def logits(self, z, gains=None):
+        """z (..., d), gains (M,) or None -> (..., V): W times the states under the gains."""
+        return F.linear(self.under(z, gains), self.transformer.wte.weight)
 
     def forward(self, idx, targets=None, gains=None, return_terms=False):
         """idx (B, T), targets (B, T) or None (-1 is ignored), gains (M,) or None -> logits, loss
@@ -718,13 +722,21 @@ def run_command(commands, doc, argv):
 
 def run_main(main):
     """Calls main(sys.argv[1:]); what the user can mend becomes one line on standard error and exit status 2."""
+    status = 0
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except SystemExit as e:
+        status = e.code
+    if "RANK" in os.environ:  # gloo's threads may still want the interpreter while it shuts down, which aborts a run that is finished
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status or 0)
+    sys.exit(status)
 
 
 # ----------------------------------------------------------------------------- sampling

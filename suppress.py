@@ -227,8 +227,7 @@ class Lab:
     def turned(self, s, gains):
         """States and gains (M,) -> hidden states (N, d) under them, before W."""
         if (gains == -math.inf).any():
-            m, gates = self.model.turned(s.z, gains)
-            return m.residual + F.embedding_bag(m.ids, self.P, per_sample_weights=gates, mode="sum")
+            return self.model.under(s.z, gains)  # a new search
         return s.z + F.embedding_bag(s.ids, self.P, per_sample_weights=s.gates * (gains - 1)[s.ids], mode="sum")
 
     @torch.no_grad()
@@ -312,10 +311,9 @@ def fit(lab, s, w, rate, lam, steps=100, batch=2048, lr=0.1, seed=0):
 SIZES, GAINS, LAMBDAS = (1, 2, 4, 8, 16, 32), (0.0, -1.0), (0.1, 0.3, 1.0, 3.0)
 
 
-def candidates(lab, s, w, mode="auto", seed=0):
-    """Ways to turn a behavior down, from training States: yields (mode, size or lambda, gain or None, gains (M,))."""
-    ranks, M = rank(lab, s), len(lab.P)
-    order = ranks["merit"].argsort(descending=True)
+def candidates(lab, s, w, ranks, mode="auto", seed=0):
+    """Ways to turn a behavior down, from training States and their rank(): yields (mode, size or lambda, gain or None, gains (M,))."""
+    order, M = ranks["merit"].argsort(descending=True), len(lab.P)
     for size in SIZES:
         for gain in GAINS if mode in ("auto", "zero") and size <= M else ():
             yield "zero", size, gain, torch.ones(M, device=lab.device).index_fill_(0, order[:size], gain)
@@ -359,7 +357,7 @@ def find(argv):
     for i in ranks["margin"].argsort(descending=True)[:cfg.top].tolist():
         print(f"{i:>9}  {ranks['margin'][i]:>12.1%}  {ranks['contrast'][i]:>+13.3f}   " + " ".join(map(repr, lab.raised(i))))
     before, best = lab.measure(tune, w), None
-    for mode, size, gain, gains in candidates(lab, train, w, cfg.mode, cfg.seed):
+    for mode, size, gain, gains in candidates(lab, train, w, ranks, cfg.mode, cfg.seed):
         loss, rate = effect(tune, before, lab.measure(tune, w, gains))
         print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%", flush=True)
         if loss <= cfg.price and rate < (best[0] if best else 1.0):
@@ -418,10 +416,14 @@ def about(path):
     return json.loads(Path(path).read_text("utf-8"))
 
 
-def apply(argv):
-    cfg = parse_config(ApplyConfig, argv)
+def need_gains(cfg):
     if not cfg.gains:
         raise UserError("no gains file; find some first: python suppress.py find --behavior='>>>' --name=examples, then --gains=out/gains/examples.json")
+
+
+def apply(argv):
+    cfg = parse_config(ApplyConfig, argv)
+    need_gains(cfg)
     if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
         raise UserError(f"num_samples is {cfg.num_samples}, max_new_tokens {cfg.max_new_tokens}; expected at least 1")
     lab = Lab(cfg.out_dir, cfg.device)
@@ -446,8 +448,7 @@ def apply(argv):
 def sweep(argv):
     cfg = parse_config(SweepConfig, argv)
     lab = Lab(cfg.out_dir, cfg.device)
-    if not cfg.gains:
-        raise UserError("no gains file; find some first: python suppress.py find --behavior='>>>' --name=examples, then --gains=out/gains/examples.json")
+    need_gains(cfg)
     if "," in cfg.gains:
         raise UserError(f"gains={cfg.gains}: sweep takes one file, that of find; apply shows several together")
     gains, made, path = load_gains(cfg.gains, lab.model), about(cfg.gains), Path(cfg.gains)
@@ -457,8 +458,9 @@ def sweep(argv):
         raise UserError(f"prompts is {cfg.prompts}, max_new_tokens {cfg.max_new_tokens}; expected at least 2 and 1")
     pattern = compiled(made["behavior"])
     w, train, _, test = lab.look(FindConfig(behavior=made["behavior"], tokens=cfg.tokens, seed=cfg.seed))
-    before, fires, rows = lab.measure(test, w), rank(lab, train)["fires"], []
-    for mode, size, gain, g in [*candidates(lab, train, w, seed=cfg.seed), ("chosen", int((gains != 1).sum()), None, gains)]:
+    before, ranks, rows = lab.measure(test, w), rank(lab, train), []
+    fires = ranks["fires"]
+    for mode, size, gain, g in [*candidates(lab, train, w, ranks, seed=cfg.seed), ("chosen", int((gains != 1).sum()), None, gains)]:
         (loss, rate), (control_loss, control_rate) = (effect(test, before, lab.measure(test, w, u)) for u in (g, shuffled(g, fires, cfg.seed)))
         rows.append(dict(mode=mode, size=size, gain="" if gain is None else gain, rate=round(rate, 4), loss_percent=round(loss, 4), control_rate=round(control_rate, 4), control_loss_percent=round(control_loss, 4)))
         print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%; the same gains on others: x {control_rate:.3f}, {control_loss:+.3f}%", flush=True)
@@ -690,15 +692,18 @@ def calibrate(argv):
     other, _ = calibrated(lab, s, cfg.score, folds, random)
     sides = {"uncalibrated": {}, "controller": dict(gains=gains), f"temperature {tau:g}": dict(temperature=tau), "random directions": dict(gains=other, directions=random)}
     owner, result, scores = documents(items), {}, {}
+
+    def points_of(side, other):
+        """Points of accuracy of one side over another, and their interval: documents are drawn again, with all their items."""
+        return [100 * u for u in interval(np.bincount(owner, scores[side].astype(float) - scores[other]), np.bincount(owner).astype(float), cfg.seed)]
     for side, options in sides.items():
         scores[side] = right(choice_scores(lab, test, cfg.score, **options), test, every)
-        change = scores[side].astype(float) - scores["uncalibrated"]
-        points = [100 * u for u in interval(np.bincount(owner, change), np.bincount(owner).astype(float), cfg.seed)]  # documents are drawn again, with all their items
+        points = points_of(side, "uncalibrated")
         fit_accuracy = float(right(choice_scores(lab, s, cfg.score, **options), s, whole).mean())
         result[side.split()[0]] = dict(accuracy=float(scores[side].mean()), points=points, calibration_accuracy=fit_accuracy)
         print(f"{side:>18}: accuracy {scores[side].mean():.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}]; {fit_accuracy:.1%} where it was fitted", flush=True)
 
-    over = [100 * u for u in interval(np.bincount(owner, scores["controller"].astype(float) - scores["random directions"]), np.bincount(owner).astype(float), cfg.seed)]
+    over = points_of("controller", "random directions")
     print(f"controller against random directions: {over[0]:+.1f} points [{over[1]:+.1f}, {over[2]:+.1f}]")
     result["over_random"] = over
 

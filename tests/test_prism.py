@@ -1,9 +1,12 @@
 """The model against plain loops, hand-worked numbers and its own promises (design: sections 2 and 5 of the mathematics)."""
 import json
 import math
+import os
 import pickle
+import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,3 +499,11 @@ def test_sampling_from_a_run(tmp_path, dataset, capsys):
         prism.main(words + ["--prompt=" + "x" * 20])
     with pytest.raises(UserError, match="cannot be used here"):
         prism.main(words + ["--device=cuda:99"])
+
+
+@pytest.mark.parametrize("body, status", [("pass", 0), ("raise prism.UserError('no')", 2), ("raise KeyboardInterrupt", 130), ("sys.exit(143)", 143)])
+def test_a_rank_leaves_without_shutting_the_interpreter_down(body, status):
+    """Threads of gloo that outlive the group abort the process when the interpreter goes first; a rank says all that it has to say, then goes."""
+    code = f"import atexit, sys, prism\natexit.register(print, 'shut down')\ndef main(argv):\n    print('said')\n    {body}\nprism.run_main(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(prism.__file__).parent, env=os.environ | {"RANK": "0"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "said\n", "error: no\n" if status == 2 else "")
