@@ -15,8 +15,8 @@ Ways to turn it down, which `find` compares by rate and price on a tuning split:
 
     zero      the prototypes of the best ranking get one gain, 0 or below; the residual stays
     reselect  they leave the top-k search, so the state is expressed anew by what remains; the residual stays
-    fit       g = 1 + theta minimises  mean_t KL(q_t || pi_t without onsets) + lam rate / rate_0, q_t the untouched model without onsets:
-              the logits are linear in theta, so a hundred steps on cached states take seconds
+    fit       each of them gets a gain of its own: g = 1 + theta minimises  mean_t KL(q_t || pi_t without onsets) + lam rate / rate_0,
+              q_t the untouched model without onsets; the logits are linear in theta, so sixty steps on cached states take seconds
 """
 import csv
 import io
@@ -283,47 +283,48 @@ def rank(lab, s):
             "merit": sums["benefit"] / (price + price.mean() + 1e-12), "fires": sums["fires"]}
 
 
-def fit(lab, s, w, rate, lam, steps=100, batch=2048, lr=0.1, seed=0):
-    """theta (M,), the minimum over States s of  mean KL(q || pi without onsets) + lam rate / rate_0; q is the untouched model's
-    distribution without onsets. rate (N,): the untouched model's. Adam on the prototypes alone; half of the steps lower its rate to 0."""
-    theta = torch.zeros(len(lab.P), device=lab.device, requires_grad=True)
-    opt = torch.optim.Adam([theta], lr, betas=(0.9, 0.99))
+def fit(lab, s, w, rate, lam, ids, steps=60, batch=1024, lr=0.1, seed=0):
+    """theta (M,), not zero for the prototypes `ids` alone: the minimum over States s of  mean KL(q || pi without onsets) + lam rate / rate_0;
+    q is the untouched model's distribution without onsets. rate (N,): the untouched model's. Adam; half of the steps lower its rate to 0."""
     rng, rate0 = torch.Generator().manual_seed(seed), (rate * s.weight).sum() / s.weight.sum()
-    s, order = s._replace(weight=s.weight / s.weight.mean()), torch.empty(0, dtype=torch.long)
-    for step in range(steps):
+    theta, none = torch.zeros(len(ids), device=lab.device, requires_grad=True), torch.zeros(len(lab.P), device=lab.device)
+    opt, order = torch.optim.Adam([theta], lr, betas=(0.9, 0.99)), torch.empty(0, dtype=torch.long)
+    s = s.take((none.index_fill(0, ids, 1.0)[s.ids] * s.gates > 0).any(1))                     # theta changes no other token
+    for step in range(steps if len(s.z) else 0):
         if len(order) < batch:
             order = torch.randperm(len(s.z), generator=rng)
         b, order = s.take(order[:batch].to(lab.device)), order[batch:]
         with torch.no_grad():
             q = (b.z @ lab.W.T).softmax(1) * (1 - w)
             q /= q.sum(1, keepdim=True).clamp(min=1e-9)
-        logp = (lab.turned(b, 1 + theta) @ lab.W.T).log_softmax(1)
+        logp = (lab.turned(b, 1 + none.index_copy(0, ids, theta)) @ lab.W.T).log_softmax(1)
         left = logp.exp() @ w                                                                  # (n,) sum_v w_v pi_v
         kl = (1 - left).clamp(min=1e-4).log() - (q * logp).sum(1)                              # without terms that theta does not move
-        loss = ((kl + lam * left / rate0) * b.weight).mean()
+        loss = ((kl + lam * left / rate0) * b.weight).sum() / b.weight.sum()
         opt.param_groups[0]["lr"] = lr * min(1.0, 2 - 2 * step / steps)
         opt.zero_grad()
         loss.backward()
         opt.step()
-    return theta.detach()
+    return none.index_copy(0, ids, theta.detach())
 
 
-SIZES, GAINS, LAMBDAS = (1, 2, 4, 8, 16, 32), (0.0, -1.0), (0.1, 0.3, 1.0, 3.0)
+SIZES, GAINS, FITTED, LAMBDAS = (1, 2, 4, 8, 16, 32), (0.0, -1.0), (16, 64, 256), (0.1, 0.3, 1.0)
 
 
 def candidates(lab, s, w, ranks, mode="auto", seed=0):
-    """Ways to turn a behavior down, from training States and their rank(): yields (mode, size or lambda, gain or None, gains (M,))."""
+    """Ways to turn a behavior down, from training States and their rank(): yields (mode, size of the group, setting, gains (M,))."""
     order, M = ranks["merit"].argsort(descending=True), len(lab.P)
+    ones = torch.ones(M, device=lab.device)
     for size in SIZES:
         for gain in GAINS if mode in ("auto", "zero") and size <= M else ():
-            yield "zero", size, gain, torch.ones(M, device=lab.device).index_fill_(0, order[:size], gain)
+            yield "zero", size, f"gain {gain:+g}", ones.index_fill(0, order[:size], gain)
         if mode in ("auto", "reselect") and size <= M - lab.model.config.top_k:
-            yield "reselect", size, None, torch.ones(M, device=lab.device).index_fill_(0, order[:size], -math.inf)
-    if mode in ("auto", "fit"):
-        rate = lab.measure(s, w)[1]
+            yield "reselect", size, "", ones.index_fill(0, order[:size], -math.inf)
+    rate = lab.measure(s, w)[1] if mode in ("auto", "fit") else None
+    for size in sorted({min(n, M) for n in FITTED}) if mode in ("auto", "fit") else ():
         for lam in LAMBDAS:
-            theta = fit(lab, s, w, rate, lam, seed=seed)
-            yield "fit", lam, None, 1 + torch.where(theta.abs() > 0.02, (theta * 1e4).round() / 1e4, 0.0)
+            theta = fit(lab, s, w, rate, lam, order[:size], seed=seed)
+            yield "fit", size, f"lambda {lam:g}", 1 + torch.where(theta.abs() > 0.02, (theta * 1e4).round() / 1e4, 0.0)
 
 
 def write_gains(path, lab, gains, **about):
@@ -357,18 +358,18 @@ def find(argv):
     for i in ranks["margin"].argsort(descending=True)[:cfg.top].tolist():
         print(f"{i:>9}  {ranks['margin'][i]:>12.1%}  {ranks['contrast'][i]:>+13.3f}   " + " ".join(map(repr, lab.raised(i))))
     before, best = lab.measure(tune, w), None
-    for mode, size, gain, gains in candidates(lab, train, w, ranks, cfg.mode, cfg.seed):
+    for mode, size, setting, gains in candidates(lab, train, w, ranks, cfg.mode, cfg.seed):
         loss, rate = effect(tune, before, lab.measure(tune, w, gains))
-        print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%", flush=True)
+        print(f"{mode:>9} {size:>4} {setting:>10}: rate x {rate:.3f}, loss {loss:+.3f}%", flush=True)
         if loss <= cfg.price and rate < (best[0] if best else 1.0):
-            best = rate, loss, mode, size, gain, gains
+            best = rate, loss, mode, size, setting, gains
     if best is None:
         raise UserError(f"nothing that was tried lowers the rate and costs at most {cfg.price}% of loss; raise --price, or try another --mode")
-    rate, loss, mode, size, gain, gains = best
+    rate, loss, mode, size, setting, gains = best
     path = lab.out_dir / "gains" / f"{name}.json"
-    write_gains(path, lab, gains, behavior=cfg.behavior or None, found=dict(by=mode, size=size, gain=gain, tuning_rate=round(rate, 4), tuning_loss_percent=round(loss, 4),
+    write_gains(path, lab, gains, behavior=cfg.behavior or None, found=dict(by=mode, size=size, setting=setting, tuning_rate=round(rate, 4), tuning_loss_percent=round(loss, 4),
                 price=cfg.price, seed=cfg.seed, tokens=cfg.tokens, positive=cfg.positive, negative=cfg.negative))
-    print(f"{path}: {int((gains != 1).sum())} prototypes by {mode} ({size:g}); on the tuning split, teacher-forced, rate x {rate:.3f}, loss {loss:+.3f}%. "
+    print(f"{path}: {int((gains != 1).sum())} prototypes by {mode}{f' ({setting})' * bool(setting)}; on the tuning split, teacher-forced, rate x {rate:.3f}, loss {loss:+.3f}%. "
           f"Next: python suppress.py {'sweep' if cfg.behavior else 'apply'} --out_dir={cfg.out_dir} --gains={path}")
 
 
@@ -460,10 +461,10 @@ def sweep(argv):
     w, train, _, test = lab.look(FindConfig(behavior=made["behavior"], tokens=cfg.tokens, seed=cfg.seed))
     before, ranks, rows = lab.measure(test, w), rank(lab, train), []
     fires = ranks["fires"]
-    for mode, size, gain, g in [*candidates(lab, train, w, ranks, seed=cfg.seed), ("chosen", int((gains != 1).sum()), None, gains)]:
+    for mode, size, setting, g in [*candidates(lab, train, w, ranks, seed=cfg.seed), ("chosen", int((gains != 1).sum()), "", gains)]:
         (loss, rate), (control_loss, control_rate) = (effect(test, before, lab.measure(test, w, u)) for u in (g, shuffled(g, fires, cfg.seed)))
-        rows.append(dict(mode=mode, size=size, gain="" if gain is None else gain, rate=round(rate, 4), loss_percent=round(loss, 4), control_rate=round(control_rate, 4), control_loss_percent=round(control_loss, 4)))
-        print(f"{mode:>9} {size:>5g} {'' if gain is None else f'gain {gain:+g}':>8}: rate x {rate:.3f}, loss {loss:+.3f}%; the same gains on others: x {control_rate:.3f}, {control_loss:+.3f}%", flush=True)
+        rows.append(dict(mode=mode, size=size, setting=setting, rate=round(rate, 4), loss_percent=round(loss, 4), control_rate=round(control_rate, 4), control_loss_percent=round(control_loss, 4)))
+        print(f"{mode:>9} {size:>4} {setting:>10}: rate x {rate:.3f}, loss {loss:+.3f}%; the same gains on others: x {control_rate:.3f}, {control_loss:+.3f}%", flush=True)
     # sampled text: before, after, and the control
     idx = beginnings(lab, cfg.prompts, cfg.seed)
     text = {n: continued(lab, idx, cfg, g) for n, g in (("before", None), ("after", gains), ("control", shuffled(gains, fires, cfg.seed)))}

@@ -133,9 +133,15 @@ def test_fitted_gains_lower_the_rate_and_lambda_trades(run):
     lab = Lab(run, "cpu")
     w, s, _, _ = lab.look(suppress.FindConfig(behavior="cat", tokens=2000))
     before = lab.measure(s, w)
-    effects = [suppress.effect(s, before, lab.measure(s, w, 1 + suppress.fit(lab, s, w, before[1], lam, steps=60))) for lam in (0.0, 0.3, 3.0)]
+    every = torch.arange(len(lab.P))
+    effects = [suppress.effect(s, before, lab.measure(s, w, 1 + suppress.fit(lab, s, w, before[1], lam, every))) for lam in (0.0, 0.3, 3.0)]
     assert effects[0][1] > effects[1][1] > effects[2][1] and effects[2][1] < 0.8
     assert effects[0][0] < effects[2][0]
+    few = torch.tensor([7, 2])
+    theta = suppress.fit(lab, s, w, before[1], 3.0, few)
+    assert theta[few].abs().min() > 0 and theta.count_nonzero() == 2
+    never = torch.tensor([i for i in range(len(lab.P)) if not ((s.ids == i) & (s.gates > 0)).any()])[:1]
+    assert not suppress.fit(lab, s, w, before[1], 3.0, never).any()
 
 
 def test_the_control_turns_other_prototypes_that_fire_as_often():
