@@ -122,11 +122,18 @@ def test_what_attribution_costs_and_what_less_of_it_loses(made, tmp_path):
     assert found["--rank=16"]["r"] > 0.999 > found["--rank=2"]["r"] and lines[-1].endswith("--rank=2")
 
 
-def test_rivals_of_suppression(tmp_path):
+def test_suppression_against_its_rivals_goes_on_where_it_stopped(tmp_path):
     out = write_run(tmp_path, iters=135)
-    suppress.main(["find", f"--out_dir={out}", "--behavior=h", "--name=h", "--mode=zero", "--tokens=1500", "--price=1000"])
-    lines = script("interventions.py", f"--out_dir={out}", f"--gains={out}/gains/h.json", "--prompts=6", "--max_new_tokens=20", "--steps=20", "--tokens=1500", f"--out={tmp_path}/i.json")
-    sides = json.loads((tmp_path / "i.json").read_text())["sides"]
-    assert list(sides) == ["before", "gains", "ban", "bias", "finetune"] and lines[-1].startswith("'h': loss at equal rate: gains ")
+    options = [f"--out_dir={out}", "--only=h", "--behavior=h", "--mode=zero", "--price=1000", "--prompts=6", "--max_new_tokens=20", "--steps=20", "--tokens=1500", f"--out={tmp_path}"]
+    lines = script("suppression.py", *options)
+    result = json.loads((tmp_path / "suppression-h.json").read_text())
+    sides = result["sides"]
+    assert list(sides) == ["before", "gains", "control 1", "control 2", "control 3", "ban", "bias", "finetune"] and result["sweep"]["rows"][-1]["mode"] == "chosen"
+    assert lines[-1].startswith(f"h: {result['found']['prototypes']} prototypes by zero; loss and matches")
     assert sides["before"]["rate"] == 1 and sides["ban"]["rate"] < 0.01 and sides["bias"]["rate"] == pytest.approx(sides["gains"]["rate"], rel=0.05)
-    assert sides["ban"]["matches_per_1000"] == 0
+    assert sides["ban"]["matches_per_1000"] == [0, 0, 0]
+    assert script("suppression.py", *options)[-2:] == ["--- h: h", lines[-1]]  # nothing is done again
+    result.pop("sides")
+    (tmp_path / "suppression-h.json").write_text(json.dumps(result))
+    again = script("suppression.py", *options)
+    assert not any("prototype  margin" in line for line in again) and again[-1] == lines[-1]
