@@ -1,5 +1,6 @@
 """Each script of experiments/ in its smallest form: it runs, and its figures mean what it says."""
 import json
+import os
 import random
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny, write_run
 from test_train import TINY
 
@@ -137,3 +139,38 @@ def test_suppression_against_its_rivals_goes_on_where_it_stopped(tmp_path):
     (tmp_path / "suppression-h.json").write_text(json.dumps(result))
     again = script("suppression.py", *options)
     assert not any("prototype  margin" in line for line in again) and again[-1] == lines[-1]
+
+
+def test_harness_scores_as_the_model_does_without_and_with_gains(tmp_path):
+    """Against the package itself, where it is installed: its accuracy is that of our own scores, rolling windows predict each token once."""
+    lm_eval = pytest.importorskip("lm_eval")
+    import harness
+    out, words = write_run(tmp_path), {"context": "the cat sat on the", "choices": [" mat", " dog ran", " hen"]}
+    items = [words | dict(context=f"a {n} {words['context']}", label=n % 3) for n in range(12)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
+    (tmp_path / "mine.yaml").write_text(f"task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/mine.jsonl}}}}\ntest_split: test\noutput_type: multiple_choice\n"
+                                        'doc_to_text: "{{context}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{label}}"\ntarget_delimiter: ""\nmetric_list:\n  - {metric: acc}\n')
+    lab = suppress.Lab(out, "cpu")
+    gains = torch.linspace(-4, 4, 12).round(decimals=4)
+    suppress.write_gains(tmp_path / "g.json", lab, gains)
+    env = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(ROOT / "experiments/harness.py"), f"--out_dir={out}", "--tasks=mine", f"--include={tmp_path}", f"--gains={tmp_path}/g.json", f"--out={tmp_path}/h.json"],
+                          capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result, s = json.loads((tmp_path / "h.json").read_text()), suppress.read_items(lab, items)
+    for side, g in (("without", None), ("with", gains)):
+        score = suppress.choice_scores(lab, s, "sum", g).view(12, 3)
+        assert result[side]["mine"]["acc"] == pytest.approx((score.argmax(1) == torch.tensor([x["label"] for x in items])).float().mean().item())
+        lm = harness.PrismLM(out, str(tmp_path / "g.json") if g is not None else "", "cpu", batch_size=5)
+        asked = [lm_eval.api.instance.Instance("loglikelihood", {}, (x["context"], c), 0) for x in items for c in x["choices"]]
+        assert [x[0] for x in lm.loglikelihood(asked, disable_tqdm=True)] == pytest.approx(score.flatten().tolist(), abs=1e-4)
+        text = "the cat sat on the mat and ran away"  # longer than the context of 16
+        rolling = lm.loglikelihood_rolling([lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text,), 0)])
+        ids = [256, *text.encode()]
+        want = sum(lab.model.logits(lab.model.hidden(torch.tensor([ids[max(0, t - 16):t]]))[:, -1], g)[0].log_softmax(-1)[ids[t]].item() for t in range(1, 17))
+        assert rolling[0] < want  # the first window is this sum; the others add to it
+        first = lm.loglikelihood_rolling([lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text[:16],), 0)])
+        assert first[0] == pytest.approx(want, abs=1e-4)
+        ask = lm_eval.api.instance.Instance("generate_until", {}, ("the cat", {"until": ["t"], "max_gen_toks": 9}), 0)
+        idx = lab.model.generate(torch.tensor([list(b"the cat")]), 9, 0.0, gains=g, n_vocab=257)
+        assert lm.generate_until([ask])[0] == bytes(t for t in idx[0, 7:].tolist() if t < 256).decode("utf-8", "replace").split("t")[0]
