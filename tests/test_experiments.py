@@ -174,3 +174,16 @@ def test_harness_scores_as_the_model_does_without_and_with_gains(tmp_path):
         ask = lm_eval.api.instance.Instance("generate_until", {}, ("the cat", {"until": ["t"], "max_gen_toks": 9}), 0)
         idx = lab.model.generate(torch.tensor([list(b"the cat")]), 9, 0.0, gains=g, n_vocab=257)
         assert lm.generate_until([ask])[0] == bytes(t for t in idx[0, 7:].tolist() if t < 256).decode("utf-8", "replace").split("t")[0]
+
+
+def test_controllers_over_runs(tmp_path):
+    out, folder = write_run(tmp_path), tmp_path / "tiny"
+    for n, name in enumerate(("cloze", "cloze-train")):
+        items = [dict(context=f"a {n}{i} the cat sat on", choices=[" the mat", " a hen"], label=i % 2, document=f"{i}") for i in range(8)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
+    lines = script("controllers.py", f"--runs={out}", f"--out={tmp_path}/c.json")
+    result = json.loads((tmp_path / "c.json").read_text())["runs"][str(out)]
+    assert lines[-1].startswith(f"{out}: uncalibrated {result['result']['uncalibrated']['accuracy']:.1%}; controller ") and result["train_seed"] == 1337
+    assert script("controllers.py", f"--runs={out}", f"--out={tmp_path}/c.json") == lines[-1:]  # nothing is done again
+    done = subprocess.run([sys.executable, str(ROOT / "experiments/controllers.py"), "--runs=none"], capture_output=True, text=True)
+    assert done.returncode == 2 and "none holds no run; train it: python train.py" in done.stderr
