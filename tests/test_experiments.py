@@ -187,3 +187,22 @@ def test_controllers_over_runs(tmp_path):
     assert script("controllers.py", f"--runs={out}", f"--out={tmp_path}/c.json") == lines[-1:]  # nothing is done again
     done = subprocess.run([sys.executable, str(ROOT / "experiments/controllers.py"), "--runs=none"], capture_output=True, text=True)
     assert done.returncode == 2 and "none holds no run; train it: python train.py" in done.stderr
+
+
+def test_curvature_within_blocks_is_that_of_the_dense_hessian(tmp_path):
+    import curvature
+    out = write_run(tmp_path)
+    words = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --batch_size=4 --total_batch_tokens=64 --warmup_iters=4 --max_iters=30 --eval_interval=30 "
+             "--device=cpu --dtype=float32 --lambda_t2p=0 --lambda_p2t=0")
+    lines = script("curvature.py", f"--out_dir={out}", f"--loose={tmp_path}/loose", f"--train={words}", "--tokens=512", "--probes=4", f"--out={tmp_path}/c.json")
+    heads = json.loads((tmp_path / "c.json").read_text())["heads"]
+    assert lines[-1].startswith(f"within blocks: PRISM {heads['PRISM']['within_squared']:.3f}, without clustering losses ") and (tmp_path / "c.png").exists()
+    # many probes against the dense matrix
+    run, cfg = curvature.attribute.Run(out, "cpu"), curvature.CurvatureConfig(tokens=512, probes=400)
+    x, _, _ = curvature.measured(run, cfg)
+    starts = np.sort(np.random.default_rng(cfg.seed).permutation(curvature.attribute.seen_windows(run.ckpt, len(run.tokens)))[:32])
+    ids, gates, _, pi, _, _ = curvature.attribute.records(run.model, *run.windows(starts))
+    eye = torch.eye(12 * 16).view(-1, 12, 16)
+    H = curvature.attribute.curvature_product(run.model.transformer.wte.weight, ids, gates, pi, eye).view(12, 16, 12, 16).double()
+    within = sum(H[i, :, i].square().sum().item() for i in range(12))
+    assert x["within_squared"] == pytest.approx(within / H.square().sum().item(), rel=0.05)

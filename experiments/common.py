@@ -1,0 +1,49 @@
+"""What several experiments share: runs that are trained when they are not there, results that are kept, the machine in words."""
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch  # noqa: E402
+
+from prism import UserError, atomic, load_tensors  # noqa: E402
+
+
+def trained(out_dir, *options):
+    """Trains a run into out_dir with `options` of train.py, or goes on where it stopped, unless it is finished."""
+    out_dir = Path(out_dir)
+    key = json.dumps(options)
+    log = out_dir / "done"
+    if log.exists():
+        if log.read_text("utf-8") != key:
+            raise UserError(f"{out_dir} was trained with other options ({log.read_text('utf-8')}, expected {key}); remove it or name another folder")
+        return out_dir
+    if (out_dir / "ckpt.pt").exists() and not (out_dir / "wanted").exists():
+        raise UserError(f"{out_dir} already holds a run that no experiment made; remove it or name another folder")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "wanted").write_text(key, "utf-8")
+    print(f"training {out_dir}: {' '.join(options)}", flush=True)
+    r = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--out_dir={out_dir}", *options, "--resume"], capture_output=True, text=True)
+    if r.returncode:
+        raise UserError(f"train.py failed for {out_dir}: {r.stderr.strip()[-2000:]}")
+    log.write_text(key, "utf-8")
+    return out_dir
+
+
+def last_row(out_dir):
+    """The step that the checkpoint of out_dir is of, and its best validation loss."""
+    x = load_tensors(Path(out_dir) / "ckpt.pt")
+    return x["step"], x["best"]
+
+
+def machine():
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def save(path, result):
+    with atomic(path, "w", encoding="utf-8") as f:
+        json.dump(result, f, indent=1)
