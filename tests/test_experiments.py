@@ -206,3 +206,37 @@ def test_curvature_within_blocks_is_that_of_the_dense_hessian(tmp_path):
     H = curvature.attribute.curvature_product(run.model.transformer.wte.weight, ids, gates, pi, eye).view(12, 16, 12, 16).double()
     within = sum(H[i, :, i].square().sum().item() for i in range(12))
     assert x["within_squared"] == pytest.approx(within / H.square().sum().item(), rel=0.05)
+
+
+def test_purity_and_k_means():
+    import grounding
+    values, near = np.array([3, 3, 5, 5, 5, 7]), np.array([[0, 1, 2, 5], [2, 0, 3, 4], [5, 0, 2, 2]])
+    assert grounding.purity(values, near).tolist() == [0.5, 0.75, 0.5]
+    rng = torch.Generator().manual_seed(0)
+    centers = torch.nn.functional.normalize(torch.randn(4, 8, generator=rng), dim=1)
+    x = torch.nn.functional.normalize(centers.repeat_interleave(50, 0) + 0.01 * torch.randn(200, 8, generator=rng), dim=1)
+    found = grounding.k_means(x, 4, seed=3)
+    assert (centers @ found.T).max(1).values.min() > 0.99 and torch.allclose(found.norm(dim=1), torch.ones(4))
+    a = grounding.fired(centers, x, 2)
+    direct = np.zeros((200, 4))
+    for t in range(200):
+        s = [float(x[t] @ c) for c in centers]
+        for i in sorted(range(4), key=lambda i: -s[i])[:2]:
+            direct[t, i] = max(0, s[i])
+    direct -= direct.mean(0)
+    assert np.allclose(a, direct / np.linalg.norm(direct, axis=0), atol=1e-5)
+
+
+def test_grounding_of_a_run_and_its_twin(tmp_path):
+    pytest.importorskip("scipy")
+    import grounding
+    out = write_run(tmp_path)
+    words = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --batch_size=4 --total_batch_tokens=64 --warmup_iters=4 --max_iters=10 --eval_interval=10 --device=cpu --dtype=float32"
+    common = [f"--out_dir={out}", *(f"--{n}={tmp_path}/{n}" for n in ("dense", "other", "other_dense")), f"--train={words}", "--tokens=640", "--near=4", f"--out={tmp_path}/g.json"]
+    lines = script("grounding.py", *common)
+    result = json.loads((tmp_path / "g.json").read_text())
+    assert list(result["sets"]) == ["prototypes", "random directions", "k-means of the dense twin"]
+    assert all(0 < x["nearest_cosine"][1] <= 1 and 0.25 <= x["next token"] <= 1 for x in result["sets"].values())
+    assert lines[-1].startswith("random directions: two seeds matched") and set(result["stability"]) == set(result["sets"])
+    a = torch.nn.functional.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(1)), dim=0)
+    assert grounding.matched(a, a[:, [2, 0, 1, 4, 3]]) == pytest.approx(np.ones(5), abs=1e-5)
