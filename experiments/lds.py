@@ -1,27 +1,32 @@
-"""Does the head's influence predict real retraining? The linear datamodeling score (LDS), and what the damping does to it.
+"""Does influence predict real retraining? The linear datamodeling score (LDS) of ours and of what people use otherwise, and removal.
 
+    pip install -r experiments/requirements.txt                                        kronfluence, for EK-FAC
     python data/prepare.py pydoc --name=pydoc512 --vocab_size=512
-    python experiments/lds.py                                16 models on random halves of the documents; about 20 minutes
+    python experiments/lds.py                                                          about 70 small trainings; two hours on 2 cores
+    python experiments/lds.py --dataset=books512 --work=out-lds-books --out=experiments/results/lds-books.json
 
-A model is trained on everything and indexed; others, of the same options and other seeds, are trained by train.py on random halves
-of the documents. Queries are held-out windows. For each query, the Spearman correlation over the halves between the query's real
-loss and minus the sum of the scores of the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries
-(Park et al. 2023, arXiv 2303.14186). Finished models are kept, so a run that was stopped goes on.
+A model is trained on everything; others, of the same options and other seeds, are trained by train.py on random halves of the documents. Queries are
+held-out windows. For each query, the Spearman correlation over the halves between the query's real loss and minus the sum of the scores of
+the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries (Park et al. 2023, arXiv 2303.14186).
+
+The ceiling: --again of the halves are trained a second time with another seed. Where r is the correlation of a query's loss between the two, a
+method that knew the mean over seeds exactly would reach about sqrt(r) against one of them; LDS is also given as a share of that.
+Removal: for --removals queries, a model is trained without the 5% of documents with the highest scores of a method, and one without 5% at random, all with the
+seed of the model of everything; what that adds to the query's loss. Finished models and scores are kept, so a run that was stopped goes on.
 """
 import hashlib
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from common import machine, save, trained  # noqa: E402
+from rivals import joined, vectors  # noqa: E402
 
 import attribute  # noqa: E402
 from prism import UserError, atomic, dataset_folder, load_checkpoint, load_dataset, parse_config, run_main  # noqa: E402
@@ -30,12 +35,17 @@ from prism import UserError, atomic, dataset_folder, load_checkpoint, load_datas
 @dataclass
 class LDSConfig:
     dataset: str = "pydoc512"                          # under data/
-    models: int = 16                                   # trained on random halves
-    queries: int = 64                                  # held-out windows
+    models: int = 32                                   # trained on random halves
+    again: int = 16                                    # of them, trained a second time with another seed
+    queries: int = 128                                 # held-out windows
+    methods: str = "block,joined,ekfac,trak,gradient,cosine,random"  # of rivals.py
+    removals: int = 6                                  # queries whose best documents are really removed; 0: none
+    removed: str = "block,ekfac,cosine,random"         # methods whose best documents are removed
+    share: float = 0.05                                # of the documents, removed
     train: str = "--n_layer=2 --n_head=2 --n_embd=64 --n_proto=512 --top_k=8 --head_share=1 --max_iters=500 --device=cpu"  # options of train.py
-    mus: str = "0.0003,0.001,0.003,0.01,0.03,0.1,0.3,1,3"  # dampings, as shares of the median over blocks of the mean eigenvalue
-    seed: int = 1                                      # of the halves; model j trains with seed + j
-    work: str = "out-lds"                              # models and their data go here
+    mus: str = "0.001,0.01,0.1,1"                      # dampings, as shares of the median over blocks of the mean eigenvalue
+    seed: int = 1                                      # of the halves; model j trains with seed + 1 + j, the second time with seed + 1001 + j
+    work: str = "out-lds"                              # models, their data and scores go here
     out: str = "experiments/results/lds.json"          # the result
 
 
@@ -63,36 +73,11 @@ def part_of(folder, source, keep):
         json.dump(meta, f)
 
 
-def trained(cfg, out_dir, dataset, seed):
-    """Trains into out_dir unless that is done."""
-    log, key = out_dir / "done", json.dumps(asdict(cfg) | {"mus": "", "out": "", "queries": 0, "models": 0})
-    if log.exists() and log.read_text().splitlines()[0] != key:
-        raise UserError(f"{out_dir} was trained with other options; give another --work, or remove it")
-    if not log.exists():
-        out_dir.mkdir(parents=True, exist_ok=True)
-        r = subprocess.run([sys.executable, ROOT / "train.py", f"--dataset={dataset}", f"--out_dir={out_dir}", f"--seed={seed}", "--resume", *cfg.train.split()],
-                           capture_output=True, text=True)
-        if r.returncode:
-            raise UserError(f"train.py failed: {r.stderr[-2000:]}")
-        log.write_text(f"{key}\n{r.stdout}")
-
-
 @torch.no_grad()
 def query_losses(out_dir, idx, targets):
     """Mean loss (queries,) in nats a token."""
     model, _ = load_checkpoint(out_dir)
     return torch.stack([model(i[None], y[None])[0].log_softmax(-1).gather(-1, y[None, :, None]).mean() for i, y in zip(idx, targets)]).neg().numpy()
-
-
-def query_vectors(index, idx, targets):
-    """b (queries, M, d): sum over a window's tokens of a_ti g_t, by prototype."""
-    M, d = index.meta["n_proto"], index.meta["n_embd"]
-    ids, gates, g, _, _, _ = attribute.records(index.run.model, idx, targets)
-    b = torch.zeros(len(idx), M, d)
-    for q in range(len(idx)):
-        at = slice(q * idx.size(1), (q + 1) * idx.size(1))
-        b[q].index_add_(0, ids[at].flatten(), (gates[at, :, None] * g[at, None]).flatten(0, 1))
-    return b
 
 
 def ranks(x):
@@ -112,57 +97,101 @@ def interval(x, rng):
     return float(x.mean()), float(np.diff(np.quantile(means, [0.025, 0.975]))[0] / 2)
 
 
+def scores_of(method, out_dir, work):
+    """-> scores (queries, documents) of rivals.py, in a process of its own; kept in work/scores."""
+    path = work / "scores" / f"{method}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        r = subprocess.run([sys.executable, str(Path(__file__).with_name("rivals.py")), f"--out_dir={out_dir}", f"--method={method}", f"--queries={work / 'queries.npy'}", f"--out={path}"],
+                           capture_output=True, text=True)
+        if r.returncode:
+            raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")
+    x = np.load(path, allow_pickle=False)
+    return x["scores"], json.loads(str(x["about"]))
+
+
+def model_on(cfg, folder, source, keep, seed):
+    """Trains on the documents `keep` in `folder`, unless that is done."""
+    if not (folder / "data/meta.json").exists():
+        part_of(folder / "data", source, keep)
+    return trained(folder / "run", f"--dataset={folder / 'data'}", f"--seed={seed}", *cfg.train.split())
+
+
 def main(argv):
     cfg = parse_config(LDSConfig, argv)
-    work, source = Path(cfg.work).resolve(), dataset_folder(cfg.dataset)
-    trained(cfg, work / "all", source.resolve(), cfg.seed)
-    if not (work / "all/attribution/meta.json").exists():
-        attribute.main(["index", f"--out_dir={work / 'all'}"])
-    index = attribute.Index(work / "all", "cpu")
-    rng, run = np.random.default_rng(cfg.seed), index.run
+    if cfg.models < 2 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or not 0 < cfg.share < 1:
+        raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, share {cfg.share}; expected at least 2, at most models, at least 1, between 0 and 1")
+    work, source = Path(cfg.work), dataset_folder(cfg.dataset)
+    whole = trained(work / "all", f"--dataset={source}", f"--seed={cfg.seed}", *cfg.train.split())
+    run, rng = attribute.Run(whole, "cpu"), np.random.default_rng(cfg.seed)
     D = len(run.titles)
     kept = np.zeros((cfg.models, D), bool)
     for row in kept:
         row[rng.permutation(D)[:D // 2]] = True
-    starts = np.sort(rng.permutation((len(run.val) - 1) // run.T)[:cfg.queries]) * run.T
+    starts = np.sort(np.random.default_rng(cfg.seed + 1).permutation((len(run.val) - 1) // run.T)[:cfg.queries]) * run.T
+    if (work / "queries.npy").exists() and not np.array_equal(np.load(work / "queries.npy", allow_pickle=False), starts):
+        shutil.rmtree(work / "scores", ignore_errors=True)  # they are of other queries
+    with atomic(work / "queries.npy") as f:
+        np.save(f, starts)
     text = torch.from_numpy(np.stack([run.val[s:s + run.T + 1] for s in starts]).astype(np.int64))
-    idx, targets, losses = text[:, :-1], text[:, 1:], []
+    idx, targets, losses, twice = text[:, :-1], text[:, 1:], [], []
     for j, row in enumerate(kept):
-        folder = work / f"half{j}"
-        if not (folder / "done").exists():
-            part_of(folder / "data", source, row)
-        trained(cfg, folder, folder / "data", cfg.seed + 1 + j)
-        losses.append(query_losses(folder, idx, targets))
-        print(f"model {j + 1} of {cfg.models}: mean query loss {losses[-1].mean():.4f}", flush=True)
+        losses.append(query_losses(model_on(cfg, work / f"half{j}", source, row, cfg.seed + 1 + j), idx, targets))
+        if j < cfg.again:
+            twice.append(query_losses(model_on(cfg, work / f"again{j}", source, row, cfg.seed + 1001 + j), idx, targets))
+        print(f"half {j + 1} of {cfg.models}: mean query loss {losses[-1].mean():.4f}" + (f", again {twice[-1].mean():.4f}" if j < cfg.again else ""), flush=True)
+    losses, draws = np.stack(losses), np.random.default_rng(0)
+    result = dict(options=asdict(cfg) | dict(work="", out=""), machine=machine(), documents=D, queries=len(starts), lds={}, cost={})
+    ceiling = None
+    if cfg.again > 2:
+        a, b = (x - x.mean(0) for x in (ranks(losses[:cfg.again]), ranks(np.stack(twice))))
+        r = (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
+        result["seeds"] = dict(zip(("mean", "half_width"), interval(r, draws)))
+        result["ceiling"] = ceiling = float(np.sqrt(max(0.0, r.mean())))
+        print(f"the same half with two seeds: Spearman {r.mean():.3f} +- {result['seeds']['half_width']:.3f}; a method can reach about {ceiling:.3f}", flush=True)
 
-    losses, b = np.stack(losses), query_vectors(index, idx, targets)
-    L, eye = torch.from_numpy(index.factors), torch.eye(index.meta["n_embd"])
+    def tell(name, scores):
+        mean, half = interval(lds(scores, kept, losses), np.random.default_rng(0))
+        result["lds"][name] = dict(mean=mean, half_width=half) | (dict(of_ceiling=mean / ceiling) if ceiling else {})
+        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f}" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else ""), flush=True)
+        save(cfg.out, result)
+    every = {}
+    for method in cfg.methods.split(","):
+        every[method], result["cost"][method] = scores_of(method, whole, work)
+        tell(method, every[method])
+    if {"block", "ekfac"} <= every.keys():
+        tell("block + ekfac", sum(every[n] / every[n].std(1, keepdims=True) for n in ("block", "ekfac")))
+    if not (whole / "attribution/meta.json").exists():
+        attribute.main(["index", f"--out_dir={whole}", "--device=cpu"])
+    index = attribute.Index(whole, "cpu")
+    L, eye, b = torch.from_numpy(np.array(index.factors)), torch.eye(index.meta["n_embd"]), vectors(run, idx, targets)
+    tell("no Hessian", index.scan_all(index.stored(b), "document"))
     H = L @ L.mT - index.meta["mu"] * eye
     mean = H.diagonal(dim1=1, dim2=2).mean(1)
-    size = mean[mean > 0].median().item()
-    result = dict(options=asdict(cfg), command="python experiments/lds.py " + " ".join(argv), torch=torch.__version__, machine=f"{platform.machine()}, {os.cpu_count()} cores",
-                  documents=D, median_mean_eigenvalue=size, lds={})
+    result["median_mean_eigenvalue"] = size = mean[mean > 0].median().item()
+    for share in map(float, cfg.mus.split(",") if cfg.mus else ()):
+        index.factors = torch.linalg.cholesky((H + share * size * eye).double()).float().numpy()
+        index.meta = index.meta | {"mu": share * size}
+        tell(f"block, share {share:g}", index.scan_all(index.stored(torch.cat([index.precondition(u[None]) for u in b])), "document"))
+        tell(f"joined, share {share:g}", index.scan_all(index.stored(joined(index, b)), "document"))
 
-    def tell(name, x):
-        scores = index.scan_all(index.stored(x), "document")
-        r = lds(scores, kept, losses)
-        mean, half = interval(r, np.random.default_rng(0))
-        result["lds"][name] = dict(mean=mean, half_width=half)
-        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f}", flush=True)
-    tell("no Hessian", b)
-    roots, R = attribute.root(H), index.coactivation
-    for share in map(float, cfg.mus.split(",")):
-        factor = torch.linalg.cholesky((H + share * size * eye).double()).float()
-
-        def precondition(r):
-            return torch.cholesky_solve(r.permute(1, 2, 0), factor).permute(2, 0, 1)
-        tell(f"block, share {share:g}", precondition(b))
-        x, _, _ = attribute.conjugate_gradients(lambda v: attribute.joined_product(factor, roots, torch.from_numpy(np.array(R)), v), b, precondition, 0.01)
-        tell(f"joined, share {share:g}", x)
-    with atomic(cfg.out, "w") as f:
-        json.dump(result, f, indent=1)
+    # -- removal
+    base, n = query_losses(whole, idx, targets), max(1, round(cfg.share * D))
+    chosen = np.random.default_rng(cfg.seed + 2).permutation(len(starts))[:cfg.removals]
+    added = {}
+    for q in chosen.tolist():
+        for method in cfg.removed.split(","):
+            scores = every[method] if method in every else scores_of(method, whole, work)[0]
+            keep = np.ones(D, bool)
+            keep[np.argsort(-scores[q])[:n]] = False
+            change = float((query_losses(model_on(cfg, work / f"without-{method}{q}", source, keep, cfg.seed), idx, targets) - base)[q])
+            added.setdefault(method, []).append(change)
+            print(f"query {q} without the {n} best documents by {method}: loss {base[q]:.3f} {change:+.4f}", flush=True)
+        result["removal"] = dict(documents=n, queries=chosen.tolist(), added=added)
+        save(cfg.out, result)
     best = max(result["lds"].items(), key=lambda u: u[1]["mean"])
-    print(f"best of {len(result['lds'])}: {best[0]}, LDS {best[1]['mean']:.3f} +- {best[1]['half_width']:.3f}; {cfg.models} models, {cfg.queries} queries")
+    print(f"best of {len(result['lds'])}: {best[0]}, LDS {best[1]['mean']:.3f} +- {best[1]['half_width']:.3f}; {cfg.models} models, {len(starts)} queries"
+          + "".join(f"; without the best by {m} {np.mean(v):+.4f}" for m, v in added.items()))
 
 
 if __name__ == "__main__":

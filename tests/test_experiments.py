@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,12 +93,34 @@ def test_refit(made, tmp_path):
     assert fitted["fit_on_all"]["steps"] > 0 == found["fit_on_all"]["steps"] and fitted["pearson"]["full"] > 0.97
 
 
-def test_lds(made, tmp_path):
+def trains_here(monkeypatch, module):
+    """common.trained of an experiment, in this process: seconds instead of a start of Python each."""
+    import train
+
+    def trained(out_dir, *options):
+        if not (Path(out_dir) / "done").exists():
+            keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+            train.main([f"--out_dir={out_dir}", *options, "--resume"])
+            (Path(out_dir) / "done").write_text("")
+            for s, handler in keep.items():
+                signal.signal(s, handler)
+        return Path(out_dir)
+    monkeypatch.setattr(module, "trained", trained)
+
+
+def test_lds(made, tmp_path, monkeypatch, capsys):
+    import lds
+    trains_here(monkeypatch, lds)
     dataset = json.loads((made / "config.json").read_text())["dataset"]
-    lines = script("lds.py", f"--dataset={dataset}", "--models=4", "--queries=6", "--mus=0.01,0.1", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
-                   "--train=--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=30 --batch_size=4 --total_batch_tokens=64 --device=cpu")
-    found = json.loads((tmp_path / "l.json").read_text())["lds"]
-    assert len(found) == 5 and all(-1 <= x["mean"] <= 1 for x in found.values()) and lines[-1].endswith("4 models, 6 queries")
+    words = (f"--dataset={dataset}", "--models=3", "--again=3", "--queries=6", "--mus=0.01,0.1", "--methods=block,cosine", "--removals=2", "--removed=cosine", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
+             "--train=--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=30 --batch_size=4 --total_batch_tokens=64 --eval_interval=30 --device=cpu")
+    lds.main(words)
+    last = capsys.readouterr().out.splitlines()[-1]
+    result = json.loads((tmp_path / "l.json").read_text())
+    assert list(result["lds"]) == ["block", "cosine", "no Hessian", "block, share 0.01", "joined, share 0.01", "block, share 0.1", "joined, share 0.1"]
+    assert all(-1 <= x["mean"] <= 1 for x in result["lds"].values()) and "3 models, 6 queries; without the best by cosine" in last
+    assert result["lds"]["block"] == result["lds"]["block, share 0.1"] and -1 <= result["seeds"]["mean"] <= 1
+    assert result["ceiling"] == pytest.approx(max(0, result["seeds"]["mean"]) ** 0.5)
     half = json.loads((tmp_path / "w/half0/data/docs.json").read_text())
     whole = json.loads((Path(dataset) / "docs.json").read_text())
     kept = [x for x in half if x["split"] == "train"]
@@ -106,6 +129,47 @@ def test_lds(made, tmp_path):
     for x in kept:
         y = next(y for y in whole if y["split"] == "train" and y["title"] == x["title"])
         assert (b[x["start"]:x["start"] + x["length"]] == a[y["start"]:y["start"] + y["length"]]).all()
+    q, scores = result["removal"]["queries"][0], np.load(tmp_path / "w/scores/cosine.npz")["scores"]
+    without = {x["title"] for x in json.loads((tmp_path / f"w/without-cosine{q}/data/docs.json").read_text()) if x["split"] == "train"}
+    titles = [x["title"] for x in whole if x["split"] == "train"]
+    assert set(titles) - without == {titles[d] for d in np.argsort(-scores[q])[:result["removal"]["documents"]]}
+    lds.main(words)  # nothing is trained again
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_scores_of_rivals_against_plain_gradients(made, tmp_path):
+    import rivals
+    np.save(tmp_path / "q.npy", [0, 32])
+    run, got = rivals.attribute.Run(made, "cpu"), {}
+    for method in ("trak", "gradient", "cosine", "random"):
+        rivals.main([f"--out_dir={made}", f"--method={method}", "--dimension=64", f"--queries={tmp_path}/q.npy", f"--out={tmp_path}/{method}.npz"])
+        x = np.load(tmp_path / f"{method}.npz", allow_pickle=False)
+        got[method] = x["scores"]
+        assert got[method].shape == (2, len(run.titles)) and json.loads(str(x["about"]))["peak_bytes"] > 10 ** 8
+    starts, W = rivals.attribute.seen_windows(run.ckpt, len(run.tokens)), run.model.transformer.wte.weight
+
+    def of(text, at):  # the gradient of the output matrix alone
+        raw, w = torch.from_numpy(text[at:at + run.T + 1].astype(np.int64))[None], W.detach().clone().requires_grad_(True)
+        loss = torch.nn.functional.cross_entropy((run.model.hidden(raw[:, :-1]) @ w.T)[0], raw[0, 1:], reduction="sum")
+        return torch.autograd.grad(loss, w)[0]
+    want = np.zeros((2, len(run.titles)))
+    for q, at in enumerate((0, 32)):
+        mine = of(run.val, at)
+        for s in starts:
+            owner = run.documents_of(np.arange(s + 1, s + 1 + run.T))
+            np.add.at(want[q], owner, (mine * of(run.tokens, s)).sum().item() / run.T)
+    assert np.allclose(got["gradient"], want, rtol=1e-3, atol=1e-3 * abs(want).max())
+    assert abs(got["cosine"]).max() <= 1 + 1e-6 and not np.allclose(got["trak"], 0)
+    with pytest.raises(rivals.UserError, match="method=guess, expected one of block"):
+        rivals.main(["--method=guess"])
+
+
+def test_ekfac_of_the_package_scores_every_document(made, tmp_path):
+    pytest.importorskip("kronfluence")
+    np.save(tmp_path / "q.npy", [0, 32])
+    script("rivals.py", f"--out_dir={made}", "--method=ekfac", f"--queries={tmp_path}/q.npy", f"--out={tmp_path}/e.npz")
+    x = np.load(tmp_path / "e.npz", allow_pickle=False)
+    assert np.isfinite(x["scores"]).all() and (x["scores"] != 0).mean() > 0.9 and json.loads(str(x["about"]))["once_s"] > 0
 
 
 def test_lds_of_scores_that_are_right_is_one():

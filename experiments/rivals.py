@@ -1,0 +1,221 @@
+"""Document scores of one run by one method: ours, and what people use otherwise. experiments/ekfac.py and lds.py call it, a process a method.
+
+    python experiments/rivals.py --out_dir=out --method=ekfac --queries=out/queries.npy --out=out/ekfac.npz
+
+--queries holds the first tokens of held-out windows, (Q,). Written: scores (Q, documents), positive where the document lowers the query's loss;
+the seconds of what is done once and of what is done for the queries; the peak memory of the process; bytes on disk. Methods:
+
+    block, joined      the head's influence, attribute.py; needs its index, which is built and timed if it is not there
+    ekfac              the released kronfluence on all linear layers of the trunk, its default damping (Grosse et al. 2023, arXiv 2308.03296)
+    trak               gradients of each window's loss, all weights, by a sparse random projection; (Phi^T Phi)^-1 (Park et al. 2023, arXiv 2303.14186)
+    gradient           dot product of the gradients of the output matrix
+    cosine             cosine of mean hidden states
+    random             noise
+
+ekfac scores tokens, so that documents' sums are exact, as ours are; trak and gradient score windows, of which a document gets its share of tokens.
+"""
+import json
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from common import atomic  # noqa: E402
+
+import attribute  # noqa: E402
+from prism import UserError, parse_config, run_main  # noqa: E402
+
+METHODS = "block", "joined", "ekfac", "trak", "gradient", "cosine", "random"
+
+
+@dataclass
+class RivalConfig:
+    out_dir: str = "out"     # the run
+    method: str = "block"    # block, joined, ekfac, trak, gradient, cosine or random
+    queries: str = ""        # a .npy file with the first tokens of held-out windows
+    dimension: int = 2048    # of trak's projection
+    batch: int = 32          # windows at once
+    seed: int = 1            # of projections
+    out: str = ""            # the .npz that is written
+
+
+def ours(run, cfg, idx, targets, clock):
+    folder = run.out_dir / "attribution"
+    if not (folder / "meta.json").exists():
+        attribute.main(["index", f"--out_dir={cfg.out_dir}", "--device=cpu"])
+        clock["once"] = clock["index_s"] = time.perf_counter() - clock["t"]
+        (folder / "seconds").write_text(str(clock["once"]))
+    elif (folder / "seconds").exists():
+        clock["once"] = float((folder / "seconds").read_text())
+    clock["disk"] = sum(p.stat().st_size for p in folder.iterdir())
+    index = attribute.Index(run.out_dir, "cpu")
+    clock["t"] = time.perf_counter()
+    b = vectors(index.run, idx, targets)
+    if cfg.method == "block":
+        x = torch.cat([index.precondition(u[None]) for u in b])
+    else:
+        x = joined(index, b)
+    return index.scan_all(index.stored(x), "document")
+
+
+def joined(index, b, tol=0.01):
+    L = torch.from_numpy(np.array(index.factors))
+    roots = attribute.root(L @ L.mT - index.meta["mu"] * torch.eye(L.size(1)))
+    R = torch.from_numpy(np.array(index.coactivation))
+    return attribute.conjugate_gradients(lambda v: attribute.joined_product(L, roots, R, v), b, index.precondition, tol)[0]
+
+
+def vectors(run, idx, targets):
+    """b (Q, M, d): for each query window, sum over its tokens of a_ti g_t, by prototype."""
+    M, d = run.model.config.n_proto, run.model.config.n_embd
+    ids, gates, g, _, _, _ = attribute.records(run.model, idx, targets)
+    b = torch.zeros(len(idx), M, d)
+    for q in range(len(idx)):
+        at = slice(q * idx.size(1), (q + 1) * idx.size(1))
+        b[q].index_add_(0, ids[at].flatten(), (gates[at, :, None] * g[at, None]).flatten(0, 1))
+    return b
+
+
+class Logits(torch.nn.Module):
+    """The model as one module idx (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx):
+        return F.linear(self.model.hidden(idx), self.model.transformer.wte.weight)
+
+
+def ekfac(run, cfg, idx, targets, clock):
+    try:
+        from kronfluence.analyzer import Analyzer, prepare_model
+        from kronfluence.arguments import ScoreArguments
+        from kronfluence.task import Task
+    except ImportError as e:
+        raise UserError(f"kronfluence cannot be imported ({e}); run: pip install -r experiments/requirements.txt") from None
+
+    class NextToken(Task):
+        def compute_train_loss(self, batch, model, sample=False):
+            logits = model(batch[0]).flatten(0, 1)
+            y = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0] if sample else batch[1].flatten()
+            return F.cross_entropy(logits, y, reduction="sum")
+
+        def compute_measurement(self, batch, model):
+            return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
+
+        def get_influence_tracked_modules(self):
+            return [n for n, m in Logits(run.model).named_modules() if isinstance(m, torch.nn.Linear)]
+
+        def get_attention_mask(self, batch):
+            return None
+    starts, task = attribute.seen_windows(run.ckpt, len(run.tokens)), NextToken()
+    raw = run.windows(starts)
+    train, query = torch.utils.data.TensorDataset(*raw), torch.utils.data.TensorDataset(idx, targets)
+    with tempfile.TemporaryDirectory(dir=Path(cfg.out).parent) as folder:
+        analyzer = Analyzer("ekfac", prepare_model(Logits(run.model).requires_grad_(True), task), task, cpu=True, output_dir=folder, disable_model_save=True, disable_tqdm=True)
+        analyzer.fit_all_factors("factors", train, per_device_batch_size=cfg.batch)
+        clock["once"] = time.perf_counter() - clock["t"]
+        clock["disk"] = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
+        clock["t"] = time.perf_counter()
+        analyzer.compute_pairwise_scores("scores", "factors", query, train, per_device_query_batch_size=len(idx), per_device_train_batch_size=cfg.batch,
+                                         score_args=ScoreArguments(compute_per_token_scores=True))
+        scores = analyzer.load_pairwise_scores("scores")["all_modules"]                        # (Q, windows, T)
+    owner = run.documents_of((starts[:, None] + 1 + np.arange(run.T)).ravel())
+    return np.stack([np.bincount(owner, s.flatten().double().numpy(), len(run.titles)) for s in scores])
+
+
+def of_windows(run, starts, scores):
+    """Scores (Q, windows) -> (Q, documents): each document gets its share of a window's tokens."""
+    owner = run.documents_of((starts[:, None] + 1 + np.arange(run.T)).ravel())
+    return np.stack([np.bincount(owner, np.repeat(s / run.T, run.T), len(run.titles)) for s in scores])
+
+
+def gradients(run, starts, text, take):
+    """take(n, gradients of window n's summed loss, a list) for the windows at `starts` of `text` (tokens)."""
+    logits = Logits(run.model).requires_grad_(True)
+    weights = [p for n, p in logits.named_parameters() if "prototypes" not in n]
+    for n, s in enumerate(starts):
+        raw = torch.from_numpy(text[s:s + run.T + 1].astype(np.int64))[None]
+        loss = F.cross_entropy(logits(raw[:, :-1]).flatten(0, 1), raw[0, 1:], reduction="sum")
+        take(n, torch.autograd.grad(loss, weights))
+
+
+def trak(run, cfg, queries, clock):
+    starts, D = attribute.seen_windows(run.ckpt, len(run.tokens)), cfg.dimension
+    rng = torch.Generator().manual_seed(cfg.seed)
+    size = sum(p.numel() for n, p in run.model.named_parameters() if "prototypes" not in n)
+    place, sign = torch.randint(D, (size,), generator=rng), torch.randint(0, 2, (size,), generator=rng) * 2.0 - 1
+
+    def features(windows, text):
+        phi = torch.zeros(len(windows), D)
+        gradients(run, windows, text, lambda n, g: phi[n].index_add_(0, place, sign * torch.cat([u.flatten() for u in g])))
+        return phi
+    phi = features(starts, run.tokens).double()
+    K = phi.T @ phi
+    K.diagonal().add_(1e-3 * K.diagonal().mean())
+    ready = torch.linalg.solve(K, phi.T)                                                      # (D, windows)
+    clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], ready.numel() * 4, time.perf_counter()
+    return of_windows(run, starts, (features(queries, run.val).double() @ ready).numpy())
+
+
+@torch.no_grad()
+def gradient(run, cfg, idx, targets, clock):
+    """sum over s, t of <z_s, z_t> <e_s, e_t>, e = y - pi: the gradients of W, as the output matrix."""
+    W, starts = run.model.transformer.wte.weight, attribute.seen_windows(run.ckpt, len(run.tokens))
+
+    def of(i, y):
+        z = run.model.hidden(i)
+        e = F.one_hot(y, len(W)) - (z @ W.T).softmax(-1)
+        return e.mT @ z                                                                       # (B, V, d)
+    mine = of(idx, targets).flatten(1)
+    out = [(of(*run.windows(starts[i:i + 8])).flatten(1) @ mine.T).T for i in range(0, len(starts), 8)]
+    return of_windows(run, starts, torch.cat(out, 1).numpy())
+
+
+@torch.no_grad()
+def cosine(run, cfg, idx, targets, clock):
+    starts, d, D = attribute.seen_windows(run.ckpt, len(run.tokens)), run.model.config.n_embd, len(run.titles)
+    sums = torch.zeros(D, d)
+    for i in range(0, len(starts), 64):
+        part = starts[i:i + 64]
+        owner = run.documents_of((part[:, None] + 1 + np.arange(run.T)).ravel())
+        sums.index_add_(0, torch.from_numpy(owner), run.model.hidden(run.windows(part)[0]).flatten(0, 1))
+    clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], sums.numel() * 4, time.perf_counter()
+    return (F.normalize(run.model.hidden(idx).mean(1), dim=1) @ F.normalize(sums, dim=1).T).numpy()
+
+
+def main(argv):
+    cfg = parse_config(RivalConfig, argv)
+    if cfg.method not in METHODS:
+        raise UserError(f"method={cfg.method}, expected one of {', '.join(METHODS)}")
+    if not cfg.queries or not cfg.out:
+        raise UserError("give --queries=FILE.npy and --out=FILE.npz")
+    run = attribute.Run(cfg.out_dir, "cpu")
+    queries = np.load(cfg.queries, allow_pickle=False)
+    text = torch.from_numpy(np.stack([run.val[s:s + run.T + 1] for s in queries]).astype(np.int64))
+    clock = {"t": time.perf_counter(), "once": 0.0, "disk": 0}
+    args = run, cfg, text[:, :-1], text[:, 1:], clock
+    if cfg.method in ("block", "joined"):
+        scores = ours(*args)
+    elif cfg.method == "trak":
+        scores = trak(run, cfg, queries, clock)
+    elif cfg.method == "random":
+        scores = np.random.default_rng(cfg.seed).standard_normal((len(queries), len(run.titles)))
+    else:
+        scores = {"ekfac": ekfac, "gradient": gradient, "cosine": cosine}[cfg.method](*args)
+    made = dict(method=cfg.method, once_s=clock["once"], queries_s=time.perf_counter() - clock["t"], queries=len(queries), disk=clock["disk"],
+                peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, threads=torch.get_num_threads())
+    with atomic(cfg.out) as f:
+        np.savez(f, scores=scores, about=np.array(json.dumps(made)))
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    run_main(main)
