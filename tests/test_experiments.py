@@ -304,3 +304,15 @@ def test_grounding_of_a_run_and_its_twin(tmp_path):
     assert lines[-1].startswith("random directions: two seeds matched") and set(result["stability"]) == set(result["sets"])
     a = torch.nn.functional.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(1)), dim=0)
     assert grounding.matched(a, a[:, [2, 0, 1, 4, 3]]) == pytest.approx(np.ones(5), abs=1e-5)
+
+
+def test_agreement_and_costs_of_rivals(made, tmp_path):
+    import ekfac
+    a = np.array([[4.0, 3, 2, 1, 0], [0, 1, 2, 3, 4]])
+    assert ekfac.agreement(a, a, (2,)) == {"top_2": 1, "spearman": pytest.approx(1)} and ekfac.agreement(a, -a, (2,)) == {"top_2": 0, "spearman": pytest.approx(-1)}
+    assert ekfac.agreement(a, a[:, [1, 0, 2, 3, 4]], (1, 2))["top_1"] == 0.5
+    words = f"--out_dir={made}", "--queries=2", "--methods=block,gradient", f"--work={tmp_path}/w", f"--out={tmp_path}/e.json"
+    lines = script("ekfac.py", *words)
+    result = json.loads((tmp_path / "e.json").read_text())["methods"]
+    assert lines[-1].lstrip().startswith("gradient: once 0.0 s, a query ") and result["block"]["query_s"] > 0 and -1 <= result["gradient"]["spearman"] <= 1
+    assert script("ekfac.py", *words)[-1] == lines[-1]  # kept
