@@ -1,7 +1,9 @@
 """Each script of experiments/ in its smallest form: it runs, and its figures mean what it says."""
+import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,3 +318,25 @@ def test_agreement_and_costs_of_rivals(made, tmp_path):
     result = json.loads((tmp_path / "e.json").read_text())["methods"]
     assert lines[-1].lstrip().startswith("gradient: once 0.0 s, a query ") and result["block"]["query_s"] > 0 and -1 <= result["gradient"]["spearman"] <= 1
     assert script("ekfac.py", *words)[-1] == lines[-1]  # kept
+
+
+def test_results_md_says_what_the_json_files_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "experiments"), *sys.path])
+    spec = importlib.util.spec_from_file_location("every", ROOT / "experiments/all.py")
+    every = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(every)
+    committed = (ROOT / "experiments/RESULTS.md").read_text("utf-8")
+    shutil.copytree(every.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(every, "RESULTS", tmp_path / "results")
+    every.main(["--tables"])
+    assert (tmp_path / "RESULTS.md").read_text("utf-8") == committed, "run: python experiments/all.py --tables"
+    refit = json.loads((tmp_path / "results/refit.json").read_text())
+    refit["pearson"]["full"] = 0.999
+    (tmp_path / "results/refit.json").write_text(json.dumps(refit))
+    (tmp_path / "results/quality.json").unlink()
+    every.main(["--tables"])
+    text = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert "| r 0.999 | yes |" in text and "within 1% (pydoc, books) | not measured |" in text
+    (tmp_path / "results/refit.json").write_text("{")
+    with pytest.raises(every.UserError, match="refit.json is damaged"):
+        every.main(["--tables"])

@@ -1,0 +1,217 @@
+"""Runs the experiments and writes RESULTS.md from what they measured.
+
+    python experiments/all.py --tables       RESULTS.md alone, from experiments/results/*.json
+    python experiments/all.py --quick        a small version of everything, as a check that nothing has rotted; under 15 minutes on 2 cores;
+                                             its runs and results go to out-quick/
+    python experiments/all.py                everything: many hours on 2 cores. Each script keeps what is done and goes on where it stopped
+
+A script whose packages (experiments/requirements.txt) are missing is named and left out. RESULTS.md has one table a claim, the paper's figure
+beside ours, and says first which claims hold here and which do not; a figure that nobody has measured stays empty.
+"""
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import ROOT, atomic  # noqa: E402
+
+from prism import UserError, parse_config, run_main  # noqa: E402
+
+RESULTS = ROOT / "experiments/results"
+TINY = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --n_proto=64 --top_k=4 --max_iters=60 --eval_interval=60 --batch_size=8 --total_batch_tokens=512 --device=cpu"
+
+
+@dataclass
+class AllConfig:
+    tables: bool = False   # only write RESULTS.md
+    quick: bool = False    # small versions, in out-quick/
+    only: str = ""         # names of scripts with commas between, without .py
+
+
+# name, packages, options of the quick version; Q stands for out-quick, RUN for a tiny run there
+SCRIPTS = (
+    ("quality", (), f"--seeds=1 --results=Q/quality.json --options={TINY.replace(' ', '~')}"),
+    ("throughput", (), "--quick --results=Q/throughput.json"),
+    ("resume", (), "--trials=1 --results=Q/resume.json"),
+    ("tokenize_1gb", (), "--mb=2 --out=Q/tokenize.json"),
+    ("mix", (), "--rounds=3 --results=Q/mix.json"),
+    ("planted", (), "--models=1 --max_iters=100 --documents=40 --plantings=2 --results=Q/planted.json"),
+    ("refit", (), "--out_dir=RUN --documents=2 --tokens=8192 --queries=32 --out=Q/refit.json"),
+    ("attribution_speed", (), "--out_dir=RUN --quick --out=Q/attribution_speed.json"),
+    ("attribution_small", (), "--out_dir=RUN --settings=--rank=16 --queries=8 --out=Q/attribution_small.json"),
+    ("lds", ("kronfluence",), f"--dataset=pydoc --models=3 --again=3 --queries=8 --removals=1 --removed=block --mus=0.1 --work=Q/lds --out=Q/lds.json --train={TINY.replace(' ', '~')}"),
+    ("ekfac", ("kronfluence",), "--out_dir=RUN --queries=2 --work=Q/ekfac --out=Q/ekfac.json"),
+    ("curvature", (), f"--out_dir=RUN --loose=Q/loose --tokens=4096 --probes=2 --out=Q/curvature.json --train={TINY.replace(' ', '~')}~--lambda_t2p=0~--lambda_p2t=0"),
+    ("grounding", ("scipy",), f"--out_dir=RUN --dense=Q/dense1 --other=Q/other --other_dense=Q/dense2 --tokens=8192 --held_out=4096 --out=Q/grounding.json --train={TINY.replace(' ', '~')}"),
+    ("suppression", (), "--only=the --behavior=the --out_dir=RUN --mode=zero --price=1000 --prompts=8 --max_new_tokens=20 --steps=20 --tokens=4096 --out=Q"),
+    ("controllers", (), "--runs=RUN --out=Q/controllers.json"),
+)
+
+
+def table(head, rows):
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in rows)])
+
+
+def spread(x, digits=2, unit=""):
+    """[value, low, high] in words."""
+    return f"{x[0]:+.{digits}f}{unit} [{x[1]:+.{digits}f}, {x[2]:+.{digits}f}]"
+
+
+def results():
+    """-> name: JSON of every result there is."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        try:
+            found[path.stem] = json.loads(path.read_text("utf-8"))
+        except ValueError as e:
+            raise UserError(f"{path} is damaged ({e}); remove it and run its script again") from None
+    return found
+
+
+def median(x):
+    return sorted(x)[len(x) // 2]
+
+
+# ----------------------------------------------------------------------------- claims: paper, goal, ours, whether it is met
+
+def suppressions(r):
+    return {n[12:]: x for n, x in r.items() if n.startswith("suppression-") and "sides" in x}
+
+
+def rate(x, side):
+    return x["sides"][side]["matches_per_1000"][0]
+
+
+def cut(x, side="gains"):
+    before = rate(x, "before")
+    return 1 - rate(x, side) / before if before else 0.0
+
+
+def claims(r):
+    """Yields (claim, the paper's figure, the goal, ours, met). A result that is missing gives an empty figure."""
+    def of(name, f):
+        try:
+            return f(r[name])
+        except KeyError:
+            return "not measured", None
+    yield ("loss against the dense twin", "within 2.5 points downstream", "within 1% (pydoc, books)", *of("quality", lambda x: (
+        ", ".join(f"{v['loss']:+.2%} {n}" for n, v in x["against dense"].items()), all(v["loss"] < 0.01 for v in x["against dense"].values()))))
+    yield ("training throughput against the dense twin", "97.3% (H100)", "97%", *of("throughput-cpu", lambda x: (f"{x['ratios']['PRISM / dense']:.1%} (CPU)", x["ratios"]["PRISM / dense"] >= 0.97)))
+    yield ("the same on a GPU", "97.3% (H100)", "97%", "not measured", None)
+    yield ("full joint Hessian against real refits of the head", "none", "r > 0.99", *of("refit", lambda x: (f"r {x['pearson']['full']:.3f}", x["pearson"]["full"] > 0.99)))
+    yield ("exact blocks against real refits", "none", "r 0.9", *of("refit", lambda x: (f"r {x['pearson']['block']:.3f}, joined {x['pearson']['joined']:.3f}", x["pearson"]["block"] >= 0.9)))
+    yield ("a query against EK-FAC", "470 to 500 times", "500 times", *of("ekfac", lambda x: (f"{x['ratio']['query']:,.0f} times at {1 / x['ratio']['memory']:.2f} of the memory", x["ratio"]["query"] >= 500 and x["ratio"]["memory"] >= 1)))
+    yield ("LDS against EK-FAC", "none", "at or above", *of("lds", lambda x: (f"{x['lds']['block']['mean']:.3f} against {x['lds']['ekfac']['mean']:.3f}", x["lds"]["block"]["mean"] >= x["lds"]["ekfac"]["mean"])))
+    yield ("curvature within blocks, squared norm", "close to block diagonal", "above random prototypes", *of("curvature", lambda x: (
+        ", ".join(f"{v['within_squared']:.3f} {n}" for n, v in x["heads"].items()), x["heads"]["PRISM"]["within_squared"] > x["heads"]["random prototypes"]["within_squared"])))
+    yield ("neighbourhoods purer than random directions'", "cards", "next token", *of("grounding", lambda x: (
+        f"{x['sets']['prototypes']['next token']:.3f} against {x['sets']['random directions']['next token']:.3f}, k-means {x['sets']['k-means of the dense twin']['next token']:.3f}",
+        x["sets"]["prototypes"]["next token"] > x["sets"]["random directions"]["next token"])))
+    every = suppressions(r)
+    good = [n for n, x in every.items() if cut(x) >= 0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5]
+    yield ("behaviors turned down by 90% for less than 0.5% of loss", "without measurable loss", "6 of 6", f"{len(good)} of {len(every)}" + (f" ({', '.join(good)})" if good else "") if every else "not measured", len(good) == 6 if every else None)
+    yield ("controllers, points of accuracy on held-out items", "about 3", "3, interval above 0, 3 seeds of 2 corpora", *of("controllers", lambda x: (
+        ", ".join(f"{v['result']['controller']['points'][0]:+.1f}" for v in x["runs"].values()), all(v["result"]["controller"]["points"][0] >= 3 and v["result"]["controller"]["points"][1] > 0 for v in x["runs"].values()))))
+
+
+# ----------------------------------------------------------------------------- tables
+
+def tables(r):
+    """Yields (title, command, text) of every table whose result is there."""
+    if x := r.get("quality"):
+        yield "Loss against the dense twin", "quality.py", table(("corpus", "seeds", "loss", "without the residual", "live prototypes"), (
+            (n, v["seeds"], f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['live']:.0f}") for n, v in x["against dense"].items()))
+    if x := r.get("throughput-cpu"):
+        yield "Throughput on the CPU", "throughput.py", table(("side", "tokens/s", "against dense", "peak MB"), ((n, f"{v['tokens_per_s']:,.0f}", f"{v['against_dense']:.3f}", f"{v['peak_mb']:.0f}") for n, v in x["sides"].items()))
+    if x := r.get("refit"):
+        yield "Predicted influence against real refits of the head", "refit.py", table(("method", "Pearson r"), ((n, f"{v:.3f}") for n, v in x["pearson"].items()))
+    if x := r.get("lds"):
+        rows = [(n, f"{v['mean']:.3f} +- {v['half_width']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "") for n, v in x["lds"].items()]
+        text = table(("method", "LDS", "of the ceiling"), rows)
+        if x.get("ceiling"):
+            text += f"\n\nThe same half with two seeds correlates {x['seeds']['mean']:.3f} +- {x['seeds']['half_width']:.3f}; its root, {x['ceiling']:.3f}, is the ceiling. {x['documents']} documents."
+        if v := x.get("removal"):
+            text += f"\n\nWithout the {v['documents']} best documents of each of {len(v['queries'])} queries, mean rise of its loss: " + ", ".join(f"{n} {sum(u) / len(u):+.4f}" for n, u in v["added"].items()) + "."
+        yield "Real retraining", "lds.py", text
+    if x := r.get("ekfac"):
+        yield "Cost of a query, and agreement with exact blocks", "ekfac.py", table(("method", "once, s", "a query, ms", "peak MB", "disk MB", "top 10", "top 100", "Spearman"), (
+            (n, f"{v['once_s']:.1f}", f"{1000 * v['query_s']:.1f}", f"{v['peak_bytes'] / 1e6:,.0f}", f"{v['disk'] / 1e6:,.0f}", *(f"{v[k]:.2f}" if k in v else "" for k in ("top_10", "top_100", "spearman"))) for n, v in x["methods"].items()))
+    if x := r.get("curvature"):
+        yield "Curvature within prototypes' own blocks", "curvature.py", table(("head", "share of the squared norm", "standard error", "share of the norm", "condition number, median"), (
+            (n, f"{v['within_squared']:.3f}", f"{v['standard_error']:.3f}", f"{v['within_norm']:.3f}", f"10^{v['log10_condition'][1]:.2f}") for n, v in x["heads"].items())) + "\n\n![co-activation and condition numbers](results/curvature.png)"
+    if x := r.get("grounding"):
+        kinds = list(x["by_chance"])
+        yield "Neighbourhoods of prototypes in training text", "grounding.py", table(("directions", "cosine of the nearest", *(f"purity, {k}" for k in kinds), "stable over seeds", "by chance"), (
+            *((n, f"{v['nearest_cosine'][1]:.3f}", *(f"{v[k]:.3f}" for k in kinds), *((f"{x['stability'][n]['mean']:.3f}", f"{x['stability'][n]['by_chance']:.3f}") if n in x["stability"] else ("", ""))) for n, v in x["sets"].items()),
+            ("tokens at random", "", *(f"{x['by_chance'][k]:.3f}" for k in kinds), "", "")))
+    if every := suppressions(r):
+        yield "Behaviors turned down", "suppression.py", table(("behavior", "gains", "matches per 1,000 tokens", "controls", "loss of gains", "bias", "ban", "finetune"), (
+            (f"`{x['behavior']}`", f"{x['found']['by']}, {x['found']['prototypes']}", f"{rate(x, 'before'):.2f} -> {rate(x, 'gains'):.2f} ({-cut(x):+.0%})", ", ".join(f"{rate(x, n):.2f}" for n in x["sides"] if n.startswith("control")),
+             spread(x["sides"]["gains"]["loss_percent"], unit="%"), *(f"{x['sides'][n]['loss_percent'][0]:+.2f}%, {rate(x, n):.2f}" for n in ("bias", "ban", "finetune"))) for x in every.values()))
+    if x := r.get("controllers"):
+        yield "Controllers", "controllers.py", table(("run", "uncalibrated", "controller, points", "random directions", "temperature"), (
+            (n, f"{v['result']['uncalibrated']['accuracy']:.1%}", *(spread(v["result"][k]["points"], 1) for k in ("controller", "random", "temperature"))) for n, v in x["runs"].items()))
+
+
+def write():
+    r = results()
+    rows = [(c, paper, goal, ours, {True: "yes", False: "**no**", None: ""}[met]) for c, paper, goal, ours, met in claims(r)]
+    text = "# What was measured\n\nWritten by `python experiments/all.py --tables` from the JSON files in results/, which hold every figure with its options and machine.\n\n## Claims\n\n"
+    text += table(("claim", "paper", "goal", "here", "met"), rows) + "\n"
+    for title, command, body in tables(r):
+        text += f"\n## {title}\n\n`python experiments/{command}`\n\n{body}\n"
+    with atomic(RESULTS.parent / "RESULTS.md", "w", encoding="utf-8") as f:
+        f.write(text)
+    failed = [row[0] for row in rows if row[4] == "**no**"]
+    print(f"experiments/RESULTS.md: {sum(row[4] == 'yes' for row in rows)} claims met, {len(failed)} not ({'; '.join(failed)}), {sum(row[4] == '' for row in rows)} not measured")
+
+
+def made_small(folder):
+    """A tiny run on pydoc, with cloze items, for the quick versions."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def python(*words):
+        subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    data = ROOT / "data/pydoc"
+    if not (data / "meta.json").exists():
+        python("data/prepare.py", "pydoc")
+    for name, words in (("cloze", ()), ("cloze-train", ("--split=train", "--items=300"))):
+        if not (data / f"{name}.jsonl").exists():
+            python("data/prepare.py", "cloze", "--dataset=pydoc", *words)
+    python("train.py", "--resume", f"--out_dir={folder / 'run'}", *TINY.split())
+
+
+def main(argv):
+    cfg = parse_config(AllConfig, argv)
+    names = [s[0] for s in SCRIPTS]
+    only = cfg.only.split(",") if cfg.only else names
+    if wrong := [n for n in only if n not in names]:
+        raise UserError(f"only={cfg.only}: no script {wrong[0]!r}; expected some of {', '.join(names)}")
+    failed, out = [], ROOT / "out-quick"
+    if not cfg.tables:
+        if cfg.quick:
+            made_small(out)
+        for name, packages, options in SCRIPTS:
+            if name not in only or cfg.quick and not options:
+                continue
+            if missing := [p for p in packages if importlib.util.find_spec(p) is None]:
+                print(f"{name}: left out, {', '.join(missing)} cannot be imported; pip install -r experiments/requirements.txt", flush=True)
+                continue
+            words = [w.replace("~", " ").replace("RUN", str(out / "run")).replace("Q", str(out)) for w in options.split()] if cfg.quick else []
+            t0 = time.perf_counter()
+            r = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), *words], cwd=ROOT, **(dict(capture_output=True, text=True) if cfg.quick else {}))
+            if r.returncode:
+                failed.append(name)
+            print(f"{name}: {'failed: ' + (r.stderr or '').strip()[-400:] if r.returncode else 'done'}, {time.perf_counter() - t0:.0f} s", flush=True)
+    if not cfg.quick:
+        write()
+    if failed:
+        raise UserError(f"{len(failed)} of {len(only)} failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run_main(main)
