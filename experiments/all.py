@@ -22,7 +22,7 @@ from common import ROOT, atomic  # noqa: E402
 from prism import UserError, parse_config, run_main  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
-TINY = "--n_layer=1 --n_head=2 --n_embd=32 --block_size=64 --n_proto=64 --top_k=4 --max_iters=60 --eval_interval=60 --batch_size=8 --total_batch_tokens=512 --device=cpu"
+TINY = "--n_head=2 --n_embd=32 --n_layer=1 --block_size=64 --n_proto=64 --top_k=4 --max_iters=60 --eval_interval=60 --batch_size=8 --total_batch_tokens=512 --device=cpu"
 
 
 @dataclass
@@ -46,6 +46,7 @@ SCRIPTS = (
     ("lds", ("kronfluence",), f"--dataset=pydoc --models=3 --again=3 --queries=8 --removals=1 --removed=block --mus=0.1 --work=Q/lds --out=Q/lds.json --train={TINY.replace(' ', '~')}"),
     ("ekfac", ("kronfluence",), "--out_dir=RUN --queries=2 --work=Q/ekfac --out=Q/ekfac.json"),
     ("curvature", (), f"--out_dir=RUN --loose=Q/loose --tokens=4096 --probes=2 --out=Q/curvature.json --train={TINY.replace(' ', '~')}~--lambda_t2p=0~--lambda_p2t=0"),
+    ("twin", (), f"--sizes=48,96 --items=20 --work=Q/twin --out=Q/twin.json --options={TINY.split(' ', 2)[2].replace(' ', '~')}"),
     ("grounding", ("scipy",), f"--out_dir=RUN --dense=Q/dense1 --other=Q/other --other_dense=Q/dense2 --tokens=8192 --held_out=4096 --out=Q/grounding.json --train={TINY.replace(' ', '~')}"),
     ("suppression", (), "--only=the --behavior=the --out_dir=RUN --mode=zero --price=1000 --prompts=8 --max_new_tokens=20 --steps=20 --tokens=4096 --out=Q"),
     ("controllers", (), "--runs=RUN --out=Q/controllers.json"),
@@ -100,6 +101,8 @@ def claims(r):
             return "not measured", None
     yield ("loss against the dense twin", "within 2.5 points downstream", "within 1% (pydoc, books)", *of("quality", lambda x: (
         ", ".join(f"{v['loss']:+.2%} {n}" for n, v in x["against dense"].items()), all(v["loss"] < 0.01 for v in x["against dense"].values()))))
+    yield ("accuracy on cloze items against the dense twin, over sizes", "within 2.5 points downstream", "within 2.5 points", *of("twin", lambda x: (
+        ", ".join(f"{100 * (v['PRISM']['accuracy'] - v['dense']['accuracy']):+.1f}" for v in x["sizes"].values()), all(v["PRISM"]["accuracy"] > v["dense"]["accuracy"] - 0.025 for v in x["sizes"].values()))))
     yield ("training throughput against the dense twin", "97.3% (H100)", "97%", *of("throughput-cpu", lambda x: (f"{x['ratios']['PRISM / dense']:.1%} (CPU)", x["ratios"]["PRISM / dense"] >= 0.97)))
     yield ("the same on a GPU", "97.3% (H100)", "97%", "not measured", None)
     yield ("full joint Hessian against real refits of the head", "none", "r > 0.99", *of("refit", lambda x: (f"r {x['pearson']['full']:.3f}", x["pearson"]["full"] > 0.99)))
@@ -125,6 +128,11 @@ def tables(r):
     if x := r.get("quality"):
         yield "Loss against the dense twin", "quality.py", table(("corpus", "seeds", "loss", "without the residual", "live prototypes"), (
             (n, v["seeds"], f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['live']:.0f}") for n, v in x["against dense"].items()))
+    if (x := r.get("twin")) and "power_law" in x:
+        law = "; ".join(f"{n} N^-{v['b']:.3f}" + (f" [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" if v["interval"] else "") for n, v in x["power_law"].items())
+        yield "The dense twin over size", "twin.py", table(("size", "weights", "loss, dense", "loss, PRISM", "", "accuracy, dense", "accuracy, PRISM"), (
+            (n, f"{v['dense']['weights']:,}", f"{v['dense']['val_ce']:.4f}", f"{v['PRISM']['val_ce']:.4f}", f"{v['PRISM']['val_ce'] / v['dense']['val_ce'] - 1:+.2%}",
+             *(f"{v[k]['accuracy']:.1%}" for k in ("dense", "PRISM"))) for n, v in x["sizes"].items())) + f"\n\nLoss over weights N, with 95% intervals of the exponent: {law}.\n\n![loss over size](results/twin.png)"
     if x := r.get("throughput-cpu"):
         yield "Throughput on the CPU", "throughput.py", table(("side", "tokens/s", "against dense", "peak MB"), ((n, f"{v['tokens_per_s']:,.0f}", f"{v['against_dense']:.3f}", f"{v['peak_mb']:.0f}") for n, v in x["sides"].items()))
     if x := r.get("refit"):

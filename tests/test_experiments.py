@@ -340,3 +340,29 @@ def test_results_md_says_what_the_json_files_say(tmp_path, monkeypatch, capsys):
     (tmp_path / "results/refit.json").write_text("{")
     with pytest.raises(every.UserError, match="refit.json is damaged"):
         every.main(["--tables"])
+
+
+def test_twins_of_two_sizes_and_their_power_law(made, tmp_path, monkeypatch, capsys):
+    import twin
+    b, (low, high), c = twin.power_law([1e5, 1e6, 1e7, 1e8], [5 * n ** -0.07 * e for n, e in zip((1e5, 1e6, 1e7, 1e8), (1.01, 0.99, 0.99, 1.01))])
+    assert low < 0.07 < high and b == pytest.approx(0.07, abs=1e-3) and c == pytest.approx(5, rel=0.05)
+    assert twin.power_law([1, 2], [4.0, 2.0])[:2] == (pytest.approx(1), None)
+    trains_here(monkeypatch, twin)
+    dataset = Path(json.loads((made / "config.json").read_text())["dataset"])
+    items = [dict(context="the cat sat on", choices=[" the mat", " a dog"], label=0), dict(context="", choices=["a hen", "the"], label=1)]
+    (dataset / "cloze.jsonl").write_text("".join(json.dumps(x) + "\n" for x in items))
+    twin.main([f"--dataset={dataset}", "--sizes=48,96", f"--work={tmp_path}/w", f"--out={tmp_path}/t.json",
+               "--options=--n_layer=1 --block_size=16 --n_proto=12 --top_k=3 --batch_size=4 --total_batch_tokens=64 --max_iters=20 --eval_interval=20 --device=cpu --dtype=float32"])
+    result = json.loads((tmp_path / "t.json").read_text())
+    assert result["sizes"]["96"]["PRISM"]["weights"] == result["sizes"]["96"]["dense"]["weights"] > result["sizes"]["48"]["dense"]["weights"]
+    assert (tmp_path / "t.png").exists() and "loss falls with size to the power -" in capsys.readouterr().out
+    model = twin.load_checkpoint(tmp_path / "w/48-PRISM")[0]
+    right = 0
+    for x in items:
+        scores = []
+        for choice in x["choices"]:
+            ids = [256, *(x["context"] + choice).encode()]
+            start = len(ids) - len(choice)
+            scores.append(sum(model(torch.tensor([ids[max(0, t - 16):t]]))[0][0, -1].log_softmax(-1)[ids[t]].item() for t in range(start, len(ids))))
+        right += int(np.argmax(scores)) == x["label"]
+    assert result["sizes"]["48"]["PRISM"]["accuracy"] == right / 2
