@@ -1,7 +1,8 @@
 """What an attribution query costs, ours against EK-FAC (the released kronfluence), TRAK, gradient dot product and hidden-state cosine; how far they agree.
 
     pip install -r experiments/requirements.txt
-    python experiments/ekfac.py                        the default run, 8 held-out windows as queries; about half an hour on 2 cores
+    python experiments/ekfac.py                        the default run, predictions at the end of 8 held-out windows; about half an hour on 2 cores
+    python experiments/ekfac.py --last=0 --out=experiments/results/ekfac-windows.json          the loss of whole windows
 
 Same checkpoint, same training windows, same queries, a process a method (rivals.py), one after the other. once: factors, index or features, whatever
 the number of queries; a query: what remains, divided by their number; peak memory of the process, the libraries included; disk. Break-even is the number
@@ -9,6 +10,7 @@ of queries after which ours, index included, has cost less than EK-FAC without i
 both top 10 and top 100, as a share, and the Spearman correlation of all documents' scores; means over queries. Results of a method are kept.
 """
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -26,7 +28,8 @@ from prism import UserError, parse_config, run_main  # noqa: E402
 @dataclass
 class EkfacConfig:
     out_dir: str = "out"     # the run
-    queries: int = 8         # held-out windows, all tokens of each
+    queries: int = 8         # held-out windows
+    last: int = 1            # tokens at the end of each whose loss is explained: 1 is one prediction; 0 is all of the window
     methods: str = "block,joined,ekfac,trak,gradient,cosine"  # the first is the one that others are compared with
     seed: int = 1            # of the choice of queries
     work: str = "out-ekfac"  # scores go here
@@ -53,15 +56,22 @@ def main(argv):
     if not 1 <= cfg.queries <= n:
         raise UserError(f"queries is {cfg.queries}, expected 1 to {n}, the windows of the held-out text")
     starts = np.sort(np.random.default_rng(cfg.seed).permutation(n)[:cfg.queries]) * run.T
-    work = work / f"{run.hash[:12]}-{cfg.seed}-{cfg.queries}"
-    work.mkdir(parents=True, exist_ok=True)
+    if not 0 <= cfg.last <= run.T:
+        raise UserError(f"last is {cfg.last}, expected 0 to {run.T}")
+    work = work / f"{run.hash[:12]}-{cfg.seed}-{cfg.queries}-{cfg.last}"
+    copy = work.parent / run.hash[:12]                                                         # the run without its index, which is built and timed there
+    copy.mkdir(parents=True, exist_ok=True)
+    for name in ("ckpt.pt", "config.json", "tokenizer.json", "tokenizer.tiktoken"):
+        if (run.out_dir / name).exists() and not (copy / name).exists():
+            shutil.copy(run.out_dir / name, copy / name)
+    work.mkdir(exist_ok=True)
     with atomic(work / "queries.npy") as f:
         np.save(f, starts)
     scores, result = {}, dict(options=asdict(cfg), machine=machine(), documents=len(run.titles), training_tokens=len(attribute.seen_windows(run.ckpt, len(run.tokens))) * run.T, methods={})
     for method in methods:
         path = work / f"{method}.npz"
         if not path.exists():
-            r = subprocess.run([sys.executable, str(Path(__file__).with_name("rivals.py")), f"--out_dir={cfg.out_dir}", f"--method={method}", f"--queries={work / 'queries.npy'}", f"--out={path}"],
+            r = subprocess.run([sys.executable, str(Path(__file__).with_name("rivals.py")), f"--out_dir={copy}", f"--method={method}", f"--queries={work / 'queries.npy'}", f"--last={cfg.last}", f"--out={path}"],
                                capture_output=True, text=True)
             if r.returncode:
                 raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")

@@ -39,6 +39,7 @@ class RivalConfig:
     out_dir: str = "out"     # the run
     method: str = "block"    # block, joined, ekfac, trak, gradient, cosine or random
     queries: str = ""        # a .npy file with the first tokens of held-out windows
+    last: int = 0            # only the loss of a window's last tokens is asked about; 0: of all
     dimension: int = 2048    # of trak's projection
     batch: int = 32          # windows at once
     seed: int = 1            # of projections
@@ -56,9 +57,9 @@ def ours(run, cfg, idx, targets, clock):
     clock["disk"] = sum(p.stat().st_size for p in folder.iterdir())
     index = attribute.Index(run.out_dir, "cpu")
     clock["t"] = time.perf_counter()
-    b = vectors(index.run, idx, targets)
+    b = vectors(index.run, idx, targets, cfg.last)
     if cfg.method == "block":
-        x = torch.cat([index.precondition(u[None]) for u in b])
+        x = index.precondition(b)
     else:
         x = joined(index, b)
     return index.scan_all(index.stored(x), "document")
@@ -71,13 +72,13 @@ def joined(index, b, tol=0.01):
     return attribute.conjugate_gradients(lambda v: attribute.joined_product(L, roots, R, v), b, index.precondition, tol)[0]
 
 
-def vectors(run, idx, targets):
-    """b (Q, M, d): for each query window, sum over its tokens of a_ti g_t, by prototype."""
+def vectors(run, idx, targets, last=0):
+    """b (Q, M, d): for each query window, sum over its (last) tokens of a_ti g_t, by prototype."""
     M, d = run.model.config.n_proto, run.model.config.n_embd
     ids, gates, g, _, _, _ = attribute.records(run.model, idx, targets)
     b = torch.zeros(len(idx), M, d)
     for q in range(len(idx)):
-        at = slice(q * idx.size(1), (q + 1) * idx.size(1))
+        at = slice((q + 1) * idx.size(1) - (last or idx.size(1)), (q + 1) * idx.size(1))
         b[q].index_add_(0, ids[at].flatten(), (gates[at, :, None] * g[at, None]).flatten(0, 1))
     return b
 
@@ -108,7 +109,7 @@ def ekfac(run, cfg, idx, targets, clock):
             return F.cross_entropy(logits, y, reduction="sum")
 
         def compute_measurement(self, batch, model):
-            return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
+            return F.cross_entropy(model(batch[0])[:, -cfg.last:].flatten(0, 1), batch[1][:, -cfg.last:].flatten(), reduction="sum")
 
         def get_influence_tracked_modules(self):
             return [n for n, m in Logits(run.model).named_modules() if isinstance(m, torch.nn.Linear)]
@@ -137,13 +138,13 @@ def of_windows(run, starts, scores):
     return np.stack([np.bincount(owner, np.repeat(s / run.T, run.T), len(run.titles)) for s in scores])
 
 
-def gradients(run, starts, text, take):
-    """take(n, gradients of window n's summed loss, a list) for the windows at `starts` of `text` (tokens)."""
+def gradients(run, starts, text, take, last=0):
+    """take(n, gradients of window n's summed loss, over its last tokens alone if so asked, a list) for the windows at `starts` of `text`."""
     logits = Logits(run.model).requires_grad_(True)
     weights = [p for n, p in logits.named_parameters() if "prototypes" not in n]
     for n, s in enumerate(starts):
         raw = torch.from_numpy(text[s:s + run.T + 1].astype(np.int64))[None]
-        loss = F.cross_entropy(logits(raw[:, :-1]).flatten(0, 1), raw[0, 1:], reduction="sum")
+        loss = F.cross_entropy(logits(raw[:, :-1])[0, -last:], raw[0, 1:][-last:], reduction="sum")
         take(n, torch.autograd.grad(loss, weights))
 
 
@@ -153,16 +154,16 @@ def trak(run, cfg, queries, clock):
     size = sum(p.numel() for n, p in run.model.named_parameters() if "prototypes" not in n)
     place, sign = torch.randint(D, (size,), generator=rng), torch.randint(0, 2, (size,), generator=rng) * 2.0 - 1
 
-    def features(windows, text):
+    def features(windows, text, last=0):
         phi = torch.zeros(len(windows), D)
-        gradients(run, windows, text, lambda n, g: phi[n].index_add_(0, place, sign * torch.cat([u.flatten() for u in g])))
+        gradients(run, windows, text, lambda n, g: phi[n].index_add_(0, place, sign * torch.cat([u.flatten() for u in g])), last)
         return phi
     phi = features(starts, run.tokens).double()
     K = phi.T @ phi
     K.diagonal().add_(1e-3 * K.diagonal().mean())
     ready = torch.linalg.solve(K, phi.T)                                                      # (D, windows)
     clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], ready.numel() * 4, time.perf_counter()
-    return of_windows(run, starts, (features(queries, run.val).double() @ ready).numpy())
+    return of_windows(run, starts, (features(queries, run.val, cfg.last).double() @ ready).numpy())
 
 
 @torch.no_grad()
@@ -170,11 +171,11 @@ def gradient(run, cfg, idx, targets, clock):
     """sum over s, t of <z_s, z_t> <e_s, e_t>, e = y - pi: the gradients of W, as the output matrix."""
     W, starts = run.model.transformer.wte.weight, attribute.seen_windows(run.ckpt, len(run.tokens))
 
-    def of(i, y):
-        z = run.model.hidden(i)
+    def of(i, y, last=0):
+        z, y = run.model.hidden(i)[:, -last:], y[:, -last:]
         e = F.one_hot(y, len(W)) - (z @ W.T).softmax(-1)
         return e.mT @ z                                                                       # (B, V, d)
-    mine = of(idx, targets).flatten(1)
+    mine = of(idx, targets, cfg.last).flatten(1)
     out = [(of(*run.windows(starts[i:i + 8])).flatten(1) @ mine.T).T for i in range(0, len(starts), 8)]
     return of_windows(run, starts, torch.cat(out, 1).numpy())
 
@@ -188,7 +189,7 @@ def cosine(run, cfg, idx, targets, clock):
         owner = run.documents_of((part[:, None] + 1 + np.arange(run.T)).ravel())
         sums.index_add_(0, torch.from_numpy(owner), run.model.hidden(run.windows(part)[0]).flatten(0, 1))
     clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], sums.numel() * 4, time.perf_counter()
-    return (F.normalize(run.model.hidden(idx).mean(1), dim=1) @ F.normalize(sums, dim=1).T).numpy()
+    return (F.normalize(run.model.hidden(idx)[:, -cfg.last:].mean(1), dim=1) @ F.normalize(sums, dim=1).T).numpy()
 
 
 def main(argv):
@@ -198,7 +199,15 @@ def main(argv):
     if not cfg.queries or not cfg.out:
         raise UserError("give --queries=FILE.npy and --out=FILE.npz")
     run = attribute.Run(cfg.out_dir, "cpu")
-    queries = np.load(cfg.queries, allow_pickle=False)
+    if not 0 <= cfg.last <= run.T:
+        raise UserError(f"last is {cfg.last}, expected 0 to {run.T}")
+    try:
+        queries = np.load(cfg.queries, allow_pickle=False)
+        ok = queries.ndim == 1 and queries.dtype.kind == "i" and len(queries) and queries.min() >= 0 and queries.max() + run.T < len(run.val)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{cfg.queries} cannot be read ({e}); expected a .npy file of whole numbers") from None
+    if not ok:
+        raise UserError(f"{cfg.queries}: expected whole numbers (Q,), first tokens of windows of {run.T} in the {len(run.val):,} held-out tokens")
     text = torch.from_numpy(np.stack([run.val[s:s + run.T + 1] for s in queries]).astype(np.int64))
     clock = {"t": time.perf_counter(), "once": 0.0, "disk": 0}
     args = run, cfg, text[:, :-1], text[:, 1:], clock
