@@ -731,7 +731,9 @@ def run_main(main):
     except KeyboardInterrupt:
         status = 130
     except SystemExit as e:
-        status = e.code
+        status = e.code if isinstance(e.code, (int, type(None))) else 1
+        if status == 1 and e.code != 1:
+            print(e.code, file=sys.stderr)
     if "RANK" in os.environ:  # gloo's threads may still want the interpreter while it shuts down, which aborts a run that is finished
         sys.stdout.flush()
         sys.stderr.flush()

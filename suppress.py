@@ -15,7 +15,7 @@ Ways to turn it down, which `find` compares by rate and price on a tuning split:
 
     zero      the prototypes of the best ranking get one gain, 0 or below; the residual stays
     reselect  they leave the top-k search, so the state is expressed anew by what remains; the residual stays
-    fit       each of them gets a gain of its own: g = 1 + theta minimises  mean_t KL(q_t || pi_t without onsets) + lam rate / rate_0,
+    fit       each of them gets a gain of its own: g = 1 + theta goes down  mean_t KL(q_t || pi_t without onsets) + lam rate / rate_0,
               q_t the untouched model without onsets; the logits are linear in theta, so sixty steps on cached states take seconds
 """
 import csv
@@ -284,8 +284,9 @@ def rank(lab, s):
 
 
 def fit(lab, s, w, rate, lam, ids, steps=60, batch=1024, lr=0.1, seed=0):
-    """theta (M,), not zero for the prototypes `ids` alone: the minimum over States s of  mean KL(q || pi without onsets) + lam rate / rate_0;
-    q is the untouched model's distribution without onsets. rate (N,): the untouched model's. Adam; half of the steps lower its rate to 0."""
+    """theta (M,), not zero for the prototypes `ids` alone, on the way to the minimum over States s of  mean KL(q || pi without onsets) + lam rate / rate_0;
+    q is the untouched model's distribution without onsets. rate (N,): the untouched model's. Adam, half of the steps lowering its rate to 0: what can be
+    reached in `steps`, |theta| below 0.75 lr steps, is part of the bargain, as early stopping is."""
     rng, rate0 = torch.Generator().manual_seed(seed), (rate * s.weight).sum() / s.weight.sum()
     theta, none = torch.zeros(len(ids), device=lab.device, requires_grad=True), torch.zeros(len(lab.P), device=lab.device)
     opt, order = torch.optim.Adam([theta], lr, betas=(0.9, 0.99)), torch.empty(0, dtype=torch.long)

@@ -9,7 +9,6 @@ A script whose packages (experiments/requirements.txt) are missing is named and 
 beside ours, and says first which claims hold here and which do not; a figure that nobody has measured stays empty.
 """
 import importlib.util
-import json
 import subprocess
 import sys
 import time
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, atomic  # noqa: E402
+from common import ROOT, kept  # noqa: E402
 
-from prism import UserError, parse_config, run_main  # noqa: E402
+from prism import UserError, atomic, parse_config, run_main  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
 TINY = "--n_head=2 --n_embd=32 --n_layer=1 --block_size=64 --n_proto=64 --top_k=4 --max_iters=60 --eval_interval=60 --batch_size=8 --total_batch_tokens=512 --device=cpu"
@@ -64,17 +63,7 @@ def spread(x, digits=2, unit=""):
 
 def results():
     """-> name: JSON of every result there is."""
-    found = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        try:
-            found[path.stem] = json.loads(path.read_text("utf-8"))
-        except ValueError as e:
-            raise UserError(f"{path} is damaged ({e}); remove it and run its script again") from None
-    return found
-
-
-def median(x):
-    return sorted(x)[len(x) // 2]
+    return {path.stem: kept(path) for path in sorted(RESULTS.glob("*.json"))}
 
 
 # ----------------------------------------------------------------------------- claims: paper, goal, ours, whether it is met
@@ -138,8 +127,9 @@ def tables(r):
     if x := r.get("refit"):
         yield "Predicted influence against real refits of the head", "refit.py", table(("method", "Pearson r"), ((n, f"{v:.3f}") for n, v in x["pearson"].items()))
     if x := r.get("lds"):
-        rows = [(n, f"{v['mean']:.3f} +- {v['half_width']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "") for n, v in x["lds"].items()]
-        text = table(("method", "LDS", "of the ceiling"), rows)
+        rows = [(n, f"{v['mean']:.3f} +- {v['half_width']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "",
+                 f"{v['first_minus_this'][0]:+.3f} +- {v['first_minus_this'][1]:.3f}" if "first_minus_this" in v else "") for n, v in x["lds"].items()]
+        text = table(("method", "LDS", "of the ceiling", "first minus this"), rows)
         if x.get("ceiling"):
             text += f"\n\nThe same half with two seeds correlates {x['seeds']['mean']:.3f} +- {x['seeds']['half_width']:.3f}; its root, {x['ceiling']:.3f}, is the ceiling. {x['documents']} documents."
         if v := x.get("removal"):
@@ -147,7 +137,7 @@ def tables(r):
         yield "Real retraining", "lds.py", text
     if x := r.get("ekfac"):
         yield "Cost of a query, and agreement with exact blocks", "ekfac.py", table(("method", "once, s", "a query, ms", "peak MB", "disk MB", "top 10", "top 100", "Spearman"), (
-            (n, f"{v['once_s']:.1f}", f"{1000 * v['query_s']:.1f}", f"{v['peak_bytes'] / 1e6:,.0f}", f"{v['disk'] / 1e6:,.0f}", *(f"{v[k]:.2f}" if k in v else "" for k in ("top_10", "top_100", "spearman"))) for n, v in x["methods"].items()))
+            (n, "" if v["once_s"] is None else f"{v['once_s']:.1f}", f"{1000 * v['query_s']:.1f}", f"{v['peak_bytes'] / 1e6:,.0f}", f"{v['disk'] / 1e6:,.0f}", *(f"{v[k]:.2f}" if k in v else "" for k in ("top_10", "top_100", "spearman"))) for n, v in x["methods"].items()))
     if x := r.get("curvature"):
         yield "Curvature within prototypes' own blocks", "curvature.py", table(("head", "share of the squared norm", "standard error", "share of the norm", "condition number, median"), (
             (n, f"{v['within_squared']:.3f}", f"{v['standard_error']:.3f}", f"{v['within_norm']:.3f}", f"10^{v['log10_condition'][1]:.2f}") for n, v in x["heads"].items())) + "\n\n![co-activation and condition numbers](results/curvature.png)"
@@ -157,9 +147,9 @@ def tables(r):
             *((n, f"{v['nearest_cosine'][1]:.3f}", *(f"{v[k]:.3f}" for k in kinds), *((f"{x['stability'][n]['mean']:.3f}", f"{x['stability'][n]['by_chance']:.3f}") if n in x["stability"] else ("", ""))) for n, v in x["sets"].items()),
             ("tokens at random", "", *(f"{x['by_chance'][k]:.3f}" for k in kinds), "", "")))
     if every := suppressions(r):
-        yield "Behaviors turned down", "suppression.py", table(("behavior", "gains", "matches per 1,000 tokens", "controls", "loss of gains", "bias", "ban", "finetune"), (
+        yield "Behaviors turned down", "suppression.py", table(("behavior", "gains", "matches per 1,000 tokens", "controls", "loss of gains", "bias", "ban (text made impossible)", "finetune"), (
             (f"`{x['behavior']}`", f"{x['found']['by']}, {x['found']['prototypes']}", f"{rate(x, 'before'):.2f} -> {rate(x, 'gains'):.2f} ({-cut(x):+.0%})", ", ".join(f"{rate(x, n):.2f}" for n in x["sides"] if n.startswith("control")),
-             spread(x["sides"]["gains"]["loss_percent"], unit="%"), *(f"{x['sides'][n]['loss_percent'][0]:+.2f}%, {rate(x, n):.2f}" for n in ("bias", "ban", "finetune"))) for x in every.values()))
+             spread(x["sides"]["gains"]["loss_percent"], unit="%"), *(f"{x['sides'][n]['loss_percent'][0]:+.2f}%, {rate(x, n):.2f}" + (f" ({x['sides'][n]['impossible_percent']:.2f}%)" if "impossible_percent" in x["sides"][n] else "") for n in ("bias", "ban", "finetune"))) for x in every.values()))
     if x := r.get("controllers"):
         yield "Controllers", "controllers.py", table(("run", "uncalibrated", "controller, points", "random directions", "temperature"), (
             (n, f"{v['result']['uncalibrated']['accuracy']:.1%}", *(spread(v["result"][k]["points"], 1) for k in ("controller", "random", "temperature"))) for n, v in x["runs"].items()))

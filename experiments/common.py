@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
-from prism import UserError, atomic, load_tensors  # noqa: E402
+from prism import UserError, atomic  # noqa: E402
 
 
 def trained(out_dir, *options):
@@ -25,6 +25,8 @@ def trained(out_dir, *options):
     if (out_dir / "ckpt.pt").exists() and not (out_dir / "wanted").exists():
         raise UserError(f"{out_dir} already holds a run that no experiment made; remove it or name another folder")
     out_dir.mkdir(parents=True, exist_ok=True)
+    if (out_dir / "wanted").exists() and (out_dir / "wanted").read_text("utf-8") != key:
+        raise UserError(f"{out_dir} was begun with other options ({(out_dir / 'wanted').read_text('utf-8')}, expected {key}); remove it or name another folder")
     (out_dir / "wanted").write_text(key, "utf-8")
     print(f"training {out_dir}: {' '.join(options)}", flush=True)
     r = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--out_dir={out_dir}", *options, "--resume"], capture_output=True, text=True)
@@ -34,10 +36,23 @@ def trained(out_dir, *options):
     return out_dir
 
 
-def last_row(out_dir):
-    """The step that the checkpoint of out_dir is of, and its best validation loss."""
-    x = load_tensors(Path(out_dir) / "ckpt.pt")
-    return x["step"], x["best"]
+def options_of(ckpt):
+    """The options of train.py that made a checkpoint, but for its folder, how it was started, and the device: for a twin of it."""
+    out = {"out_dir", "resume", "init_from", "device", "vocab_size"}
+    return [f"--{k}={v}" for k, v in ckpt["train_config"].items() if k not in out]
+
+
+def kept(path):
+    """-> the dict in a JSON file of results; {} where there is none."""
+    try:
+        result = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError("no object")
+        return result
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}); remove it and run again") from None
 
 
 def machine():

@@ -6,18 +6,15 @@
     python experiments/controllers.py                               three to eight minutes a run; what is done is kept
     python experiments/controllers.py --score=norm                  choices scored by log-likelihood per byte
 """
-import json
-import os
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import kept, machine, save  # noqa: E402
 
 import suppress  # noqa: E402
-from prism import UserError, atomic, fingerprint, load_checkpoint, parse_config, run_main  # noqa: E402
+from prism import UserError, fingerprint, load_checkpoint, parse_config, run_main  # noqa: E402
 
 
 @dataclass
@@ -31,8 +28,7 @@ class ControllersConfig:
 def main(argv):
     cfg = parse_config(ControllersConfig, argv)
     path = Path(cfg.out if cfg.score == "sum" or cfg.out != ControllersConfig.out else cfg.out.replace(".json", f"-{cfg.score}.json"))
-    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    runs = result.get("runs", {})
+    runs = kept(path).get("runs", {})
     for run in cfg.runs.split(","):
         if not (Path(run) / "ckpt.pt").exists():
             raise UserError(f"{run} holds no run; train it: python train.py --dataset=pydoc --seed=2 --out_dir={run}, or name others by --runs")
@@ -47,8 +43,7 @@ def main(argv):
         name = "cloze" if cfg.score == "sum" else f"cloze-{cfg.score}"
         suppress.calibrate([f"--out_dir={run}", f"--task={task}", f"--calibration={calibration}", f"--name={name}", f"--score={cfg.score}", f"--folds={cfg.folds}"])
         runs[run] = key | dict(train_seed=trained["seed"]) | suppress.about(Path(run) / "gains" / f"{name}.json")["found"]
-        with atomic(path, "w", encoding="utf-8") as f:
-            json.dump(dict(runs=runs, torch=torch.__version__, machine=f"{platform.machine()}, {os.cpu_count()} cores"), f, indent=1)
+        save(path, dict(runs=runs, machine=machine()))
     sides = ("uncalibrated", "controller", "random", "temperature")
     for run in cfg.runs.split(","):
         x = runs[run]["result"]

@@ -9,17 +9,15 @@ the number of queries; a query: what remains, divided by their number; peak memo
 of queries after which ours, index included, has cost less than EK-FAC without its factors. Agreement with ours (block): documents among
 both top 10 and top 100, as a share, and the Spearman correlation of all documents' scores; means over queries. Results of a method are kept.
 """
-import json
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
-from common import atomic, machine, save  # noqa: E402
-from rivals import METHODS  # noqa: E402
+from common import machine, save  # noqa: E402
+from rivals import ask, check_methods  # noqa: E402
 
 import attribute  # noqa: E402
 from prism import UserError, parse_config, run_main  # noqa: E402
@@ -30,7 +28,7 @@ class EkfacConfig:
     out_dir: str = "out"     # the run
     queries: int = 8         # held-out windows
     last: int = 1            # tokens at the end of each whose loss is explained: 1 is one prediction; 0 is all of the window
-    methods: str = "block,joined,ekfac,trak,gradient,cosine"  # the first is the one that others are compared with
+    methods: str = "block,joined,ekfac,ekfac-undamped,trak,gradient,cosine"  # the first is the one that others are compared with
     seed: int = 1            # of the choice of queries
     work: str = "out-ekfac"  # scores go here
     out: str = "experiments/results/ekfac.json"  # the result
@@ -50,8 +48,7 @@ def agreement(a, b, tops=(10, 100)):
 def main(argv):
     cfg = parse_config(EkfacConfig, argv)
     methods, work, run = cfg.methods.split(","), Path(cfg.work), attribute.Run(cfg.out_dir, "cpu")
-    if wrong := [m for m in methods if m not in METHODS]:
-        raise UserError(f"methods={cfg.methods}: no method {wrong[0]!r}; expected some of {', '.join(METHODS)}")
+    check_methods(methods)
     n = (len(run.val) - 1) // run.T
     if not 1 <= cfg.queries <= n:
         raise UserError(f"queries is {cfg.queries}, expected 1 to {n}, the windows of the held-out text")
@@ -65,22 +62,14 @@ def main(argv):
         if (run.out_dir / name).exists() and not (copy / name).exists():
             shutil.copy(run.out_dir / name, copy / name)
     work.mkdir(exist_ok=True)
-    with atomic(work / "queries.npy") as f:
-        np.save(f, starts)
     scores, result = {}, dict(options=asdict(cfg), machine=machine(), documents=len(run.titles), training_tokens=len(attribute.seen_windows(run.ckpt, len(run.tokens))) * run.T, methods={})
     for method in methods:
-        path = work / f"{method}.npz"
-        if not path.exists():
-            r = subprocess.run([sys.executable, str(Path(__file__).with_name("rivals.py")), f"--out_dir={copy}", f"--method={method}", f"--queries={work / 'queries.npy'}", f"--last={cfg.last}", f"--out={path}"],
-                               capture_output=True, text=True)
-            if r.returncode:
-                raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")
-        x = np.load(path, allow_pickle=False)
-        scores[method], about = x["scores"], json.loads(str(x["about"]))
+        scores[method], about = ask(copy, run, method, starts, work / f"{method}.npz", cfg.last)
         row = result["methods"][method] = about | dict(query_s=about["queries_s"] / about["queries"]) | (agreement(scores[methods[0]], scores[method]) if method != methods[0] else {})
-        print(f"{method:>9}: once {row['once_s']:.1f} s, a query {1000 * row['query_s']:.1f} ms, peak {row['peak_bytes'] / 1e6:,.0f} MB, disk {row['disk'] / 1e6:,.1f} MB"
+        del row["key"]
+        print(f"{method:>14}: once {row['once_s']:.1f} s, a query {1000 * row['query_s']:.1f} ms, peak {row['peak_bytes'] / 1e6:,.0f} MB, disk {row['disk'] / 1e6:,.1f} MB"
               + (f"; with {methods[0]}: top 10 {row['top_10']:.2f}, top 100 {row['top_100']:.2f}, Spearman {row['spearman']:.3f}" if method != methods[0] else ""), flush=True)
-        save(cfg.out, result)
+    save(cfg.out, result)
     if {"block", "ekfac"} <= scores.keys():
         a, b = (result["methods"][m] for m in ("block", "ekfac"))
         result["ratio"] = dict(query=b["query_s"] / a["query_s"], once=b["once_s"] / a["once_s"] if a["once_s"] else None, memory=b["peak_bytes"] / a["peak_bytes"],

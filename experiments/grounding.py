@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import machine, save, trained  # noqa: E402
+from common import machine, options_of, save, trained  # noqa: E402
 
 from prism import UserError, dataset_folder, load_checkpoint, load_dataset, parse_config, run_main, window_starts  # noqa: E402
 
@@ -30,7 +30,7 @@ class GroundingConfig:
     dense: str = "out-dense-1"      # its dense twin, trained here if need be
     other: str = "out-other"        # PRISM of another seed, trained here if need be
     other_dense: str = "out-dense-2"  # and its dense twin
-    train: str = ""                 # further options of train.py for them
+    train: str = ""                 # options of train.py for them beyond those of the first run
     tokens: int = 131072            # training tokens whose states are looked at
     held_out: int = 32768           # held-out tokens that prototypes of two seeds are matched on
     near: int = 32                  # tokens of a neighbourhood
@@ -52,7 +52,7 @@ def k_means(x, k, seed, rounds=15):
     """Spherical k-means of unit x (N, d) -> unit centroids (k, d); an empty cluster takes the worst served point."""
     c = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]].clone()
     for _ in range(rounds):
-        best, mine = torch.cat([(u @ c.T).max(1).values for u in x.split(8192)]), torch.cat([(u @ c.T).argmax(1) for u in x.split(8192)])
+        best, mine = (torch.cat(u) for u in zip(*((u @ c.T).max(1) for u in x.split(8192))))
         new = torch.zeros_like(c).index_add_(0, mine, x)
         empty = (torch.bincount(mine, minlength=k) == 0).nonzero()[:, 0]
         new[empty] = x[best.argsort()[:len(empty)]]
@@ -93,6 +93,8 @@ def matched(a, b):
 
 def main(argv):
     cfg = parse_config(GroundingConfig, argv)
+    if min(cfg.tokens, cfg.held_out) < 1 or not 1 <= cfg.near <= cfg.tokens // 2:
+        raise UserError(f"tokens is {cfg.tokens}, held_out {cfg.held_out}, near {cfg.near}; expected at least 1, 1, and 1 to half of the tokens")
     try:
         import scipy  # noqa: F401
     except ImportError:
@@ -101,10 +103,9 @@ def main(argv):
     if not model.config.n_proto:
         raise UserError(f"{cfg.out_dir} holds a dense model; expected one with prototypes")
     trained_with, k = ckpt["train_config"], model.config.top_k
-    common = [f"--dataset={trained_with['dataset']}", *cfg.train.split()]
-    first, second = f"--seed={trained_with['seed']}", f"--seed={trained_with['seed'] + 1}"
+    common, second = [*options_of(ckpt), *cfg.train.split()], f"--seed={trained_with['seed'] + 1}"
     dense, other, other_dense = (load_checkpoint(trained(f, *common, *more), "cpu")[0] for f, more in (
-        (cfg.dense, (first, "--n_proto=0")), (cfg.other, (second,)), (cfg.other_dense, (second, "--n_proto=0"))))
+        (cfg.dense, ("--n_proto=0",)), (cfg.other, (second,)), (cfg.other_dense, (second, "--n_proto=0"))))
     folder = dataset_folder(trained_with["dataset"])
     train, val, _ = load_dataset(folder)
     T, rng = model.config.block_size, np.random.default_rng(cfg.seed)
@@ -125,20 +126,20 @@ def main(argv):
     result["by_chance"] = {n: float(purity(v, drawn).mean()) for n, v in kinds.items()}
     for name, (directions, at) in sets.items():
         cosine, near = neighbourhoods(directions, at, cfg.near)
-        result["sets"][name] = row = dict(nearest_cosine=[*cosine[:, 0].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()], distinct=len(np.unique(near)) / near.size) | {n: float(purity(v, near).mean()) for n, v in kinds.items()}
+        row = dict(nearest_cosine=cosine[:, 0].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist(), distinct=len(np.unique(near)) / near.size)
+        result["sets"][name] = row = row | {n: float(purity(v, near).mean()) for n, v in kinds.items()}
         print(f"{name}: cosine of the nearest training state {row['nearest_cosine'][1]:.3f} (10% to 90%: {row['nearest_cosine'][0]:.3f} to {row['nearest_cosine'][2]:.3f}); purity "
               + ", ".join(f"{n} {row[n]:.3f} (by chance {result['by_chance'][n]:.3f})" for n in kinds) + f"; {row['distinct']:.0%} of the neighbours distinct", flush=True)
-        save(cfg.out, result)
     places = np.arange(min(cfg.held_out, len(val) - 1) // T) * T
     h = {n: states(m, val, places)[0] for n, m in (("model", model), ("other", other), ("dense", dense), ("other dense", other_dense))}
     pairs = {"prototypes": (fired(P, h["model"], k), fired(other.prototypes.detach(), h["other"], k)),
              "k-means of the dense twin": (fired(centroids, h["dense"], k), fired(k_means(states(other_dense, train, starts)[0], M, cfg.seed), h["other dense"], k)),
              "random directions": (fired(noise, h["model"], k), fired(torch.randn(P.shape, generator=torch.Generator().manual_seed(cfg.seed + 1)), h["other"], k))}
     for name, (a, b) in pairs.items():
-        r, by_chance = matched(a, b), matched(a, b.roll(len(b) // 2, 0))
+        r, by_chance = matched(a, b), matched(a, b.roll(len(b) // T // 2 * T, 0))  # whole windows, so that places in a window stay
         result["stability"][name] = dict(mean=float(r.mean()), above_half=float((r > 0.5).mean()), quantiles=np.quantile(r, [0.1, 0.5, 0.9]).tolist(), by_chance=float(by_chance.mean()))
         print(f"{name}: two seeds matched one to one, correlation of where they fire {r.mean():.3f} (by chance {by_chance.mean():.3f}), {(r > 0.5).mean():.0%} above 0.5", flush=True)
-        save(cfg.out, result)
+    save(cfg.out, result)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
+from common import machine  # noqa: E402
 
 from prism import UserError, atomic, load_checkpoint, load_gains, load_tokenizer, parse_config, pick_device, run_main  # noqa: E402
 
@@ -97,10 +98,11 @@ class PrismLM(TemplateLM):
             context, options = request.args
             until = options.get("until") or []
             until = [until] if isinstance(until, str) else until
-            new = min(int(options.get("max_gen_toks", 128)), self.T)
-            head = (self.tok_encode(context) or [self.eot_token_id])[-max(1, self.T - new):]
+            new = int(options.get("max_gen_toks", 128))
+            head = (self.tok_encode(context) or [self.eot_token_id])[-self.T:]
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            idx = self.model.generate(torch.tensor([head], device=self._device), new, temperature, gains=self.gains, seed=0, n_vocab=self.words.n_vocab, stop=self.eot_token_id)
+            idx = self.model.generate(torch.tensor([head], device=self._device), new, temperature, gains=self.gains, seed=0,
+                                      n_vocab=self.words.n_vocab, stop=self.eot_token_id)
             text = self.words.decode([t for t in idx[0, len(head):].tolist() if t != self.eot_token_id])
             texts.append(text[:min((text.find(u) for u in until if u and u in text), default=None)])
         return texts
@@ -112,17 +114,20 @@ def main(argv):
         raise UserError("lm_eval cannot be imported; run: pip install -r experiments/requirements.txt")
     if not cfg.tasks or cfg.limit < 0 or cfg.num_fewshot < 0 or cfg.batch_size < 1:
         raise UserError(f"tasks={cfg.tasks!r}, limit {cfg.limit}, num_fewshot {cfg.num_fewshot}, batch_size {cfg.batch_size}; expected names, and at least 0, 0 and 1")
+    if cfg.include and not Path(cfg.include).is_dir():
+        raise UserError(f"{cfg.include} is no folder; expected one with task files")
     manager, names = TaskManager(include_path=cfg.include or None), cfg.tasks.split(",")
     if missing := [n for n in names if n not in manager.all_tasks]:
-        raise UserError(f"no task {missing[0]!r}; lm_eval ls tasks lists those there are, --include=FOLDER adds your own")
-    result = {"options": asdict(cfg), "lm_eval": lm_eval.__version__}
+        raise UserError(f"no task {missing[0]!r}; lm_eval ls tasks lists those there are, --include=FOLDER adds your own, whose files must be well-formed")
+    result = {"options": asdict(cfg), "lm_eval": lm_eval.__version__, "machine": machine()}
     for side, gains in (("without", ""), *((("with", cfg.gains),) if cfg.gains else ())):
         found = lm_eval.simple_evaluate(PrismLM(cfg.out_dir, gains, cfg.device, cfg.batch_size), tasks=names, task_manager=manager, num_fewshot=cfg.num_fewshot,
                                         limit=cfg.limit or None, bootstrap_iters=1000, log_samples=False)
-        result[side] = {t: {k.split(",")[0]: v for k, v in x.items() if isinstance(v, float) and math.isfinite(v)} for t, x in found["results"].items()}
+        result[side] = {t: {k.removesuffix(",none"): v for k, v in x.items() if isinstance(v, float) and math.isfinite(v)} for t, x in found["results"].items()}
     for task, x in result["without"].items():
-        for metric in (m for m in x if not m.endswith("_stderr")):
-            print(f"{task} {metric}: " + "; ".join(f"{side} gains {result[side][task][metric]:.4f} +- {result[side][task].get(metric + '_stderr', math.nan):.4f}" for side in ("without", "with") if side in result))
+        for metric in (m for m in x if "_stderr" not in m):
+            error = ",".join((metric.split(",")[0] + "_stderr", *metric.split(",")[1:]))       # acc_stderr, or exact_match_stderr,strict-match
+            print(f"{task} {metric}: " + "; ".join(f"{n} gains {result[n][task][metric]:.4f} +- {result[n][task].get(error, math.nan):.4f}" for n in ("without", "with") if n in result))
     with atomic(cfg.out, "w", encoding="utf-8") as f:
         json.dump(result, f, indent=1)
 

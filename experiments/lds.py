@@ -7,7 +7,8 @@
 
 A model is trained on everything; others, of the same options and other seeds, are trained by train.py on random halves of the documents. Queries are
 held-out windows. For each query, the Spearman correlation over the halves between the query's real loss and minus the sum of the scores of
-the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries (Park et al. 2023, arXiv 2303.14186).
+the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries (Park et al. 2023, arXiv 2303.14186), not over halves.
+All methods share queries and halves, so two are compared by the interval of their difference, query by query.
 
 The ceiling: --again of the halves are trained a second time with another seed. Where r is the correlation of a query's loss between the two, a
 method that knew the mean over seeds exactly would reach about sqrt(r) against one of them; LDS is also given as a share of that.
@@ -17,7 +18,6 @@ seed of the model of everything; what that adds to the query's loss. Finished mo
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from common import machine, save, trained  # noqa: E402
-from rivals import joined, vectors  # noqa: E402
+from rivals import ask, check_methods, joined, vectors  # noqa: E402
 
 import attribute  # noqa: E402
 from prism import UserError, atomic, dataset_folder, load_checkpoint, load_dataset, parse_config, run_main  # noqa: E402
@@ -38,7 +38,7 @@ class LDSConfig:
     models: int = 32                                   # trained on random halves
     again: int = 16                                    # of them, trained a second time with another seed
     queries: int = 128                                 # held-out windows
-    methods: str = "block,joined,ekfac,trak,gradient,cosine,random"  # of rivals.py
+    methods: str = "block,joined,ekfac,ekfac-undamped,trak,gradient,cosine,random"  # of rivals.py; the first is compared with each of the others
     removals: int = 6                                  # queries whose best documents are really removed; 0: none
     removed: str = "block,ekfac,cosine,random"         # methods whose best documents are removed
     share: float = 0.05                                # of the documents, removed
@@ -97,21 +97,9 @@ def interval(x, rng):
     return float(x.mean()), float(np.diff(np.quantile(means, [0.025, 0.975]))[0] / 2)
 
 
-def scores_of(method, out_dir, work):
-    """-> scores (queries, documents) of rivals.py, in a process of its own; kept in work/scores."""
-    path = work / "scores" / f"{method}.npz"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        r = subprocess.run([sys.executable, str(Path(__file__).with_name("rivals.py")), f"--out_dir={out_dir}", f"--method={method}", f"--queries={work / 'queries.npy'}", f"--out={path}"],
-                           capture_output=True, text=True)
-        if r.returncode:
-            raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")
-    x = np.load(path, allow_pickle=False)
-    return x["scores"], json.loads(str(x["about"]))
-
-
-def model_on(cfg, folder, source, keep, seed):
-    """Trains on the documents `keep` in `folder`, unless that is done."""
+def model_on(cfg, work, source, keep, seed):
+    """Trains on the documents `keep` with a seed, in a folder named after both, unless that is done -> the run."""
+    folder = work / f"{hashlib.sha256(np.packbits(keep).tobytes()).hexdigest()[:10]}-{seed}"
     if not (folder / "data/meta.json").exists():
         part_of(folder / "data", source, keep)
     return trained(folder / "run", f"--dataset={folder / 'data'}", f"--seed={seed}", *cfg.train.split())
@@ -119,8 +107,14 @@ def model_on(cfg, folder, source, keep, seed):
 
 def main(argv):
     cfg = parse_config(LDSConfig, argv)
-    if cfg.models < 2 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or not 0 < cfg.share < 1:
-        raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, share {cfg.share}; expected at least 2, at most models, at least 1, between 0 and 1")
+    methods, removed = cfg.methods.split(","), cfg.removed.split(",")
+    if cfg.models < 2 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or cfg.removals < 0 or not 0 < cfg.share < 1:
+        raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, removals {cfg.removals}, share {cfg.share}; expected at least 2, at most models, at least 1, at least 0, between 0 and 1")
+    check_methods([*methods, *removed * (cfg.removals > 0)])
+    try:
+        shares = [float(x) for x in cfg.mus.split(",")] if cfg.mus else []
+    except ValueError:
+        raise UserError(f"mus={cfg.mus}, expected numbers with commas between") from None
     work, source = Path(cfg.work), dataset_folder(cfg.dataset)
     whole = trained(work / "all", f"--dataset={source}", f"--seed={cfg.seed}", *cfg.train.split())
     run, rng = attribute.Run(whole, "cpu"), np.random.default_rng(cfg.seed)
@@ -129,16 +123,12 @@ def main(argv):
     for row in kept:
         row[rng.permutation(D)[:D // 2]] = True
     starts = np.sort(np.random.default_rng(cfg.seed + 1).permutation((len(run.val) - 1) // run.T)[:cfg.queries]) * run.T
-    if (work / "queries.npy").exists() and not np.array_equal(np.load(work / "queries.npy", allow_pickle=False), starts):
-        shutil.rmtree(work / "scores", ignore_errors=True)  # they are of other queries
-    with atomic(work / "queries.npy") as f:
-        np.save(f, starts)
     text = torch.from_numpy(np.stack([run.val[s:s + run.T + 1] for s in starts]).astype(np.int64))
     idx, targets, losses, twice = text[:, :-1], text[:, 1:], [], []
     for j, row in enumerate(kept):
-        losses.append(query_losses(model_on(cfg, work / f"half{j}", source, row, cfg.seed + 1 + j), idx, targets))
+        losses.append(query_losses(model_on(cfg, work, source, row, cfg.seed + 1 + j), idx, targets))
         if j < cfg.again:
-            twice.append(query_losses(model_on(cfg, work / f"again{j}", source, row, cfg.seed + 1001 + j), idx, targets))
+            twice.append(query_losses(model_on(cfg, work, source, row, cfg.seed + 1001 + j), idx, targets))
         print(f"half {j + 1} of {cfg.models}: mean query loss {losses[-1].mean():.4f}" + (f", again {twice[-1].mean():.4f}" if j < cfg.again else ""), flush=True)
     losses, draws = np.stack(losses), np.random.default_rng(0)
     result = dict(options=asdict(cfg) | dict(work="", out=""), machine=machine(), documents=D, queries=len(starts), lds={}, cost={})
@@ -151,13 +141,16 @@ def main(argv):
         print(f"the same half with two seeds: Spearman {r.mean():.3f} +- {result['seeds']['half_width']:.3f}; a method can reach about {ceiling:.3f}", flush=True)
 
     def tell(name, scores):
-        mean, half = interval(lds(scores, kept, losses), np.random.default_rng(0))
-        result["lds"][name] = dict(mean=mean, half_width=half) | (dict(of_ceiling=mean / ceiling) if ceiling else {})
-        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f}" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else ""), flush=True)
-        save(cfg.out, result)
-    every = {}
-    for method in cfg.methods.split(","):
-        every[method], result["cost"][method] = scores_of(method, whole, work)
+        r = lds(scores, kept, losses)
+        first.setdefault("r", r)
+        mean, half = interval(r, np.random.default_rng(0))
+        difference = interval(first["r"] - r, np.random.default_rng(0))
+        result["lds"][name] = dict(mean=mean, half_width=half, first_minus_this=difference) | (dict(of_ceiling=mean / ceiling) if ceiling else {})
+        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f}" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else "") + f"; {methods[0]} minus this {difference[0]:+.3f} +- {difference[1]:.3f}", flush=True)
+    every, first = {}, {}
+    for method in methods:
+        every[method], result["cost"][method] = ask(whole, run, method, starts, work / "scores" / f"{method}.npz")
+        del result["cost"][method]["key"]
         tell(method, every[method])
     if {"block", "ekfac"} <= every.keys():
         tell("block + ekfac", sum(every[n] / every[n].std(1, keepdims=True) for n in ("block", "ekfac")))
@@ -169,10 +162,10 @@ def main(argv):
     H = L @ L.mT - index.meta["mu"] * eye
     mean = H.diagonal(dim1=1, dim2=2).mean(1)
     result["median_mean_eigenvalue"] = size = mean[mean > 0].median().item()
-    for share in map(float, cfg.mus.split(",") if cfg.mus else ()):
+    for share in shares:
         index.factors = torch.linalg.cholesky((H + share * size * eye).double()).float().numpy()
         index.meta = index.meta | {"mu": share * size}
-        tell(f"block, share {share:g}", index.scan_all(index.stored(torch.cat([index.precondition(u[None]) for u in b])), "document"))
+        tell(f"block, share {share:g}", index.scan_all(index.stored(index.precondition(b)), "document"))
         tell(f"joined, share {share:g}", index.scan_all(index.stored(joined(index, b)), "document"))
 
     # -- removal
@@ -180,15 +173,15 @@ def main(argv):
     chosen = np.random.default_rng(cfg.seed + 2).permutation(len(starts))[:cfg.removals]
     added = {}
     for q in chosen.tolist():
-        for method in cfg.removed.split(","):
-            scores = every[method] if method in every else scores_of(method, whole, work)[0]
+        for method in removed:
+            scores = every[method] if method in every else ask(whole, run, method, starts, work / "scores" / f"{method}.npz")[0]
             keep = np.ones(D, bool)
             keep[np.argsort(-scores[q])[:n]] = False
-            change = float((query_losses(model_on(cfg, work / f"without-{method}{q}", source, keep, cfg.seed), idx, targets) - base)[q])
+            change = float((query_losses(model_on(cfg, work, source, keep, cfg.seed), idx, targets) - base)[q])
             added.setdefault(method, []).append(change)
             print(f"query {q} without the {n} best documents by {method}: loss {base[q]:.3f} {change:+.4f}", flush=True)
         result["removal"] = dict(documents=n, queries=chosen.tolist(), added=added)
-        save(cfg.out, result)
+    save(cfg.out, result)
     best = max(result["lds"].items(), key=lambda u: u[1]["mean"])
     print(f"best of {len(result['lds'])}: {best[0]}, LDS {best[1]['mean']:.3f} +- {best[1]['half_width']:.3f}; {cfg.models} models, {len(starts)} queries"
           + "".join(f"; without the best by {m} {np.mean(v):+.4f}" for m, v in added.items()))

@@ -3,22 +3,30 @@
     python experiments/rivals.py --out_dir=out --method=ekfac --queries=out/queries.npy --out=out/ekfac.npz
 
 --queries holds the first tokens of held-out windows, (Q,). Written: scores (Q, documents), positive where the document lowers the query's loss;
-the seconds of what is done once and of what is done for the queries; the peak memory of the process; bytes on disk. Methods:
+the seconds of what is done once (null where an index was there already) and of what is done for the queries, loading what was made once included; the
+peak memory of the process; bytes of what is kept. Methods:
 
     block, joined      the head's influence, attribute.py; needs its index, which is built and timed if it is not there
-    ekfac              the released kronfluence on all linear layers of the trunk, its default damping (Grosse et al. 2023, arXiv 2308.03296)
-    trak               gradients of each window's loss, all weights, by a sparse random projection; (Phi^T Phi)^-1 (Park et al. 2023, arXiv 2303.14186)
+    ekfac              the released kronfluence on all linear layers of the trunk, damping 0.1 of the mean eigenvalue (Grosse et al. 2023, arXiv 2308.03296)
+    ekfac-undamped     the same with the package's default, 1e-8
+    trak               after Park et al. 2023 (arXiv 2303.14186): gradients of each window, all weights, by a sparse random projection, and (Phi^T Phi)^-1
+                       with a thousandth of its mean diagonal added; gradients of the loss instead of their output function and weights, and one checkpoint;
+                       one window at a time, so its seconds are those of this loop
     gradient           dot product of the gradients of the output matrix
     cosine             cosine of mean hidden states
     random             noise
 
-ekfac scores tokens, so that documents' sums are exact, as ours are; trak and gradient score windows, of which a document gets its share of tokens.
+ekfac scores tokens, by their places in the sequence: documents' sums are nearly exact (in a window of two, the later one's loss reaches the earlier
+one's places), at the price of memory; trak and gradient score windows, of which a document gets its share of tokens.
 """
+import importlib.util
 import json
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +34,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import atomic  # noqa: E402
+import common  # noqa: E402, F401: finds the modules above
 
 import attribute  # noqa: E402
-from prism import UserError, parse_config, run_main  # noqa: E402
+from prism import UserError, atomic, parse_config, run_main  # noqa: E402
 
-METHODS = "block", "joined", "ekfac", "trak", "gradient", "cosine", "random"
+METHODS = "block", "joined", "ekfac", "ekfac-undamped", "trak", "gradient", "cosine", "random"
 
 
 @dataclass
 class RivalConfig:
     out_dir: str = "out"     # the run
-    method: str = "block"    # block, joined, ekfac, trak, gradient, cosine or random
+    method: str = "block"    # block, joined, ekfac, ekfac-undamped, trak, gradient, cosine or random
     queries: str = ""        # a .npy file with the first tokens of held-out windows
     last: int = 0            # only the loss of a window's last tokens is asked about; 0: of all
     dimension: int = 2048    # of trak's projection
@@ -46,17 +54,50 @@ class RivalConfig:
     out: str = ""            # the .npz that is written
 
 
+def key_of(run, method, queries, last):
+    """What scores depend on: another key, other scores."""
+    return json.dumps([run.hash, run.ckpt["step"], method, np.asarray(queries).tolist(), last, attribute.FORMAT, attribute.MU_SHARE])
+
+
+def ask(out_dir, run, method, queries, path, last=0):
+    """-> scores (Q, documents) and what they cost, by this script in a process of its own; kept at `path` while the key is the same."""
+    file = path.parent / "queries.npy"
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as x:
+                scores, about = x["scores"], json.loads(str(x["about"]))
+            if about["key"] == key_of(run, method, queries, last):
+                return scores, about
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # damaged: again
+        path.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(file) as f:
+        np.save(f, queries)
+    r = subprocess.run([sys.executable, __file__, f"--out_dir={out_dir}", f"--method={method}", f"--queries={file}", f"--last={last}", f"--out={path}"], capture_output=True, text=True)
+    if r.returncode:
+        raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")
+    return ask(out_dir, run, method, queries, path, last)
+
+
+def check_methods(names):
+    """Raises UserError for a method that is not there, or whose package is not."""
+    if wrong := [m for m in names if m not in METHODS]:
+        raise UserError(f"no method {wrong[0]!r}; expected some of {', '.join(METHODS)}")
+    if any(m.startswith("ekfac") for m in names) and importlib.util.find_spec("kronfluence") is None:
+        raise UserError("kronfluence cannot be imported; run: pip install -r experiments/requirements.txt, or leave ekfac out of the methods")
+
+
 def ours(run, cfg, idx, targets, clock):
     folder = run.out_dir / "attribution"
     if not (folder / "meta.json").exists():
         attribute.main(["index", f"--out_dir={cfg.out_dir}", "--device=cpu"])
-        clock["once"] = clock["index_s"] = time.perf_counter() - clock["t"]
+        clock["once"] = time.perf_counter() - clock["t"]
         (folder / "seconds").write_text(str(clock["once"]))
-    elif (folder / "seconds").exists():
-        clock["once"] = float((folder / "seconds").read_text())
-    clock["disk"] = sum(p.stat().st_size for p in folder.iterdir())
+    else:
+        clock["once"] = float((folder / "seconds").read_text()) if (folder / "seconds").exists() else None
+    clock["disk"], clock["t"] = sum(p.stat().st_size for p in folder.iterdir()), time.perf_counter()
     index = attribute.Index(run.out_dir, "cpu")
-    clock["t"] = time.perf_counter()
     b = vectors(index.run, idx, targets, cfg.last)
     if cfg.method == "block":
         x = index.precondition(b)
@@ -95,12 +136,14 @@ class Logits(torch.nn.Module):
 
 
 def ekfac(run, cfg, idx, targets, clock):
-    try:
+    try:  # the import is in no clock
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.arguments import ScoreArguments
         from kronfluence.task import Task
     except ImportError as e:
         raise UserError(f"kronfluence cannot be imported ({e}); run: pip install -r experiments/requirements.txt") from None
+
+    clock["t"] = time.perf_counter()  # the import is in no clock
 
     class NextToken(Task):
         def compute_train_loss(self, batch, model, sample=False):
@@ -126,7 +169,7 @@ def ekfac(run, cfg, idx, targets, clock):
         clock["disk"] = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
         clock["t"] = time.perf_counter()
         analyzer.compute_pairwise_scores("scores", "factors", query, train, per_device_query_batch_size=len(idx), per_device_train_batch_size=cfg.batch,
-                                         score_args=ScoreArguments(compute_per_token_scores=True))
+                                         score_args=ScoreArguments(compute_per_token_scores=True, damping_factor=None if cfg.method == "ekfac" else 1e-8))
         scores = analyzer.load_pairwise_scores("scores")["all_modules"]                        # (Q, windows, T)
     owner = run.documents_of((starts[:, None] + 1 + np.arange(run.T)).ravel())
     return np.stack([np.bincount(owner, s.flatten().double().numpy(), len(run.titles)) for s in scores])
@@ -162,7 +205,7 @@ def trak(run, cfg, queries, clock):
     K = phi.T @ phi
     K.diagonal().add_(1e-3 * K.diagonal().mean())
     ready = torch.linalg.solve(K, phi.T)                                                      # (D, windows)
-    clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], ready.numel() * 4, time.perf_counter()
+    clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], ready.numel() * 8, time.perf_counter()
     return of_windows(run, starts, (features(queries, run.val, cfg.last).double() @ ready).numpy())
 
 
@@ -194,17 +237,19 @@ def cosine(run, cfg, idx, targets, clock):
 
 def main(argv):
     cfg = parse_config(RivalConfig, argv)
-    if cfg.method not in METHODS:
-        raise UserError(f"method={cfg.method}, expected one of {', '.join(METHODS)}")
+    check_methods([cfg.method])
     if not cfg.queries or not cfg.out:
         raise UserError("give --queries=FILE.npy and --out=FILE.npz")
+    if cfg.dimension < 1 or cfg.batch < 1:
+        raise UserError(f"dimension is {cfg.dimension}, batch {cfg.batch}; expected at least 1")
     run = attribute.Run(cfg.out_dir, "cpu")
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     if not 0 <= cfg.last <= run.T:
         raise UserError(f"last is {cfg.last}, expected 0 to {run.T}")
     try:
         queries = np.load(cfg.queries, allow_pickle=False)
         ok = queries.ndim == 1 and queries.dtype.kind == "i" and len(queries) and queries.min() >= 0 and queries.max() + run.T < len(run.val)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, AttributeError) as e:
         raise UserError(f"{cfg.queries} cannot be read ({e}); expected a .npy file of whole numbers") from None
     if not ok:
         raise UserError(f"{cfg.queries}: expected whole numbers (Q,), first tokens of windows of {run.T} in the {len(run.val):,} held-out tokens")
@@ -218,12 +263,12 @@ def main(argv):
     elif cfg.method == "random":
         scores = np.random.default_rng(cfg.seed).standard_normal((len(queries), len(run.titles)))
     else:
-        scores = {"ekfac": ekfac, "gradient": gradient, "cosine": cosine}[cfg.method](*args)
-    made = dict(method=cfg.method, once_s=clock["once"], queries_s=time.perf_counter() - clock["t"], queries=len(queries), disk=clock["disk"],
+        scores = {"gradient": gradient, "cosine": cosine}.get(cfg.method, ekfac)(*args)
+    made = dict(key=key_of(run, cfg.method, queries, cfg.last), method=cfg.method, once_s=clock["once"], queries_s=time.perf_counter() - clock["t"], queries=len(queries), disk=clock["disk"],
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, threads=torch.get_num_threads())
     with atomic(cfg.out) as f:
         np.savez(f, scores=scores, about=np.array(json.dumps(made)))
-    print(json.dumps(made))
+    print(json.dumps({k: v for k, v in made.items() if k != "key"}))
 
 
 if __name__ == "__main__":

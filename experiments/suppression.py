@@ -7,26 +7,27 @@
 For each: `suppress.py find` on the tuning half of the held-out text, `suppress.py sweep` on the test half, and then, at the teacher-forced rate
 that the gains reach, on other sampled beginnings, the sides: before, gains, control (the same gains on other prototypes that fire as often,
 mean of three draws), ban, bias, finetune. A side is measured by the rise of the loss of held-out text without the behavior, with its interval
-over windows; matches per 1,000 sampled tokens, with theirs over beginnings; distinct bigrams as a share of all; and the seconds to make it.
-ban takes away the tokens that begin the behavior at least half of the times that they occur; bias subtracts c w_v from each logit v, c chosen
+over windows; matches per 1,000 sampled tokens, with theirs over beginnings; distinct bigrams as a share of all; and the seconds to make it, for fitted
+gains those of one fit, once the setting is known.
+ban takes away the tokens that begin the behavior at least half of the times that they occur; of the text without the behavior that makes some tokens
+impossible: their share is given, and the loss of the others; bias subtracts c w_v from each logit v, c chosen
 so that the teacher-forced rate is that of the gains; finetune trains all weights on training windows without the behavior until that rate or
 --steps are reached. What is done is kept, in experiments/results/suppression-NAME.json, while the checkpoint is the same.
 """
 import copy
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from common import kept, machine, save  # noqa: E402
 
 import suppress  # noqa: E402
-from prism import UserError, atomic, fingerprint, load_checkpoint, load_gains, parse_config, run_main  # noqa: E402
+from prism import UserError, fingerprint, load_checkpoint, load_gains, parse_config, run_main  # noqa: E402
 
 
 BEHAVIORS = {  # name: corpus, pattern, sampled beginnings. One frequent, one rare, one topical of each corpus
@@ -67,7 +68,8 @@ def finetuned(lab, cfg, carried, tokens, target, w, test):
     other.model = copy.deepcopy(lab.model).requires_grad_(True)
     other.W, other.P = other.model.transformer.wte.weight, other.model.prototypes
     T, rng = lab.T, np.random.default_rng(cfg.seed)
-    clean = np.flatnonzero(~carried[:(len(tokens) - 1) // T * T].reshape(-1, T).any(1))
+    if not len(clean := np.flatnonzero(~carried[:(len(tokens) - 1) // T * T].reshape(-1, T).any(1))):
+        raise UserError("no window of training text is without the behavior, so nothing to finetune on; narrow the pattern")
     opt = torch.optim.AdamW(other.model.parameters(), cfg.learning_rate, weight_decay=0.0)
     for step in range(cfg.steps + 1):
         if step % 20 == 0:
@@ -103,9 +105,9 @@ def rivals(cfg, out_dir, path, prompts):
     idx, sides, free = suppress.beginnings(lab, prompts, cfg.seed), {}, test.free.cpu()
     window = np.unique(test.window.cpu().numpy(), return_inverse=True)[1]
 
-    def side(name, who, seconds, measured, use=None):
+    def side(name, who, seconds, measured, use=None, counted=free):
         new = suppress.continued(who, idx, cfg, use)
-        change = [100 * u for u in suppress.interval(*(np.bincount(window, (u.cpu() * free).numpy()) for u in (measured[0] - before[0], before[0])))]
+        change = [100 * u for u in suppress.interval(*(np.bincount(window, (u.cpu() * counted).numpy()) for u in (measured[0] - before[0], before[0])))]
         matches = suppress.interval(1000.0 * suppress.counted(lab, idx, new, pattern), np.full(len(new), float(new.shape[1])))
         pairs = [tuple(p) for row in new for p in zip(row[:-1].tolist(), row[1:].tolist())]
         sides[name] = x = dict(rate=(measured[1].mean() / before[1].mean()).item(), loss_percent=change, matches_per_1000=matches, distinct_2=len(set(pairs)) / len(pairs), seconds=seconds)
@@ -121,7 +123,9 @@ def rivals(cfg, out_dir, path, prompts):
         other = suppress.shuffled(gains, ranks["fires"], cfg.seed + draw)
         side(f"control {draw + 1}", lab, 0.0, lab.measure(test, w, other), other)
     ban = torch.zeros(len(w)).masked_fill(w >= 0.5, -1e4)
-    side("ban", biased(lab, ban), 0.0, lab.measure(test, w, bias=ban))
+    possible = free & (ban[test.y] == 0).cpu()
+    side("ban", biased(lab, ban), 0.0, lab.measure(test, w, bias=ban), counted=possible)
+    sides["ban"]["impossible_percent"] = 100 * (1 - (possible.sum() / free.sum()).item())
     t0, low, high = time.perf_counter(), 0.0, 30.0
     for _ in range(12):
         c = (low + high) / 2
@@ -140,17 +144,17 @@ def study(cfg, name):
     gains = Path(out_dir) / "gains" / f"{name}.json"
     options = {k: v for k, v in asdict(cfg).items() if k not in ("only", "out", "pydoc", "books", "behavior")} | dict(out_dir=out_dir, pattern=pattern, prompts=prompts)
     key = dict(options=options, checkpoint=fingerprint(load_checkpoint(out_dir, "cpu")[0].state_dict()))
-    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    result = kept(path)
     if {k: result.get(k) for k in key} != key:
-        result = key | dict(behavior=pattern, torch=torch.__version__, machine=f"{platform.machine()}, {os.cpu_count()} cores")
+        result = key | dict(behavior=pattern, machine=machine())
 
     def keep(**piece):
         result.update(piece)
-        with atomic(path, "w", encoding="utf-8") as f:
-            json.dump(result, f, indent=1)
+        save(path, result)
     common = [f"--out_dir={out_dir}", f"--tokens={cfg.tokens}"]
     print(f"--- {name}: {pattern}", flush=True)
-    if "found" not in result or not gains.exists():
+    made = suppress.about(gains) if gains.exists() else {}
+    if "found" not in result or made.get("behavior") != pattern or made.get("found") != {k: v for k, v in result["found"].items() if k != "prototypes"}:
         suppress.find([*common, f"--behavior={pattern}", f"--name={name}", f"--mode={cfg.mode}", f"--price={cfg.price}"])
         made = suppress.about(gains)
         result.pop("sweep", None), result.pop("sides", None)
@@ -166,6 +170,8 @@ def study(cfg, name):
 
 def main(argv):
     cfg = parse_config(SuppressionConfig, argv)
+    if cfg.prompts == 1 or cfg.prompts < 0 or min(cfg.max_new_tokens, cfg.tokens) < 1 or cfg.steps < 0:
+        raise UserError(f"prompts is {cfg.prompts}, max_new_tokens {cfg.max_new_tokens}, tokens {cfg.tokens}, steps {cfg.steps}; expected 0 or at least 2, at least 1, 1 and 0")
     names = cfg.only.split(",") if cfg.only else list(BEHAVIORS)
     if cfg.behavior and (not cfg.only or len(names) > 1):
         raise UserError(f"behavior={cfg.behavior} needs one name, as --only=NAME; found only={cfg.only!r}")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from common import ROOT, last_row, machine, save, trained  # noqa: E402
+from common import ROOT, machine, save, trained  # noqa: E402
 
 from data.tasks import load_items  # noqa: E402
 from prism import UserError, atomic, load_checkpoint, load_tokenizer, parse_config, read_metrics, run_main  # noqa: E402
@@ -77,15 +77,15 @@ def main(argv):
         sides = {}
         for side, more in (("dense", ["--n_proto=0"]), ("PRISM", [])):
             out = trained(Path(cfg.work) / f"{size}-{side}", *shape, f"--dataset={cfg.dataset}", f"--seed={cfg.seed}", *more, *cfg.options.split())
-            model, rows = load_checkpoint(out)[0], read_metrics(out / "metrics.csv")
+            (model, ckpt), rows = load_checkpoint(out), read_metrics(out / "metrics.csv")
             weights = sum(p.numel() for n, p in model.named_parameters() if "prototypes" not in n)
-            sides[side] = dict(weights=weights, prototypes=model.config.n_proto * model.config.n_embd, val_ce=float(last_row(out)[1]), accuracy=accuracy(out, items),
+            sides[side] = dict(weights=weights, prototypes=model.config.n_proto * model.config.n_embd, val_ce=float(ckpt["best"]), accuracy=accuracy(out, items),
                                tokens_per_s=float(rows[-1]["tokens_per_s"]), tokens=int(float(rows[-1]["tokens"])))
         result["sizes"][size] = sides
         d, p = sides["dense"], sides["PRISM"]
         print(f"{size}: {d['weights']:,} weights; loss dense {d['val_ce']:.4f}, PRISM {p['val_ce']:.4f} ({p['val_ce'] / d['val_ce'] - 1:+.2%}); accuracy {d['accuracy']:.1%}, {p['accuracy']:.1%} "
               f"({100 * (p['accuracy'] - d['accuracy']):+.1f} points); tokens/s {d['tokens_per_s']:,.0f}, {p['tokens_per_s']:,.0f}", flush=True)
-        save(cfg.out, result)
+    save(cfg.out, result)
     sizes = [x["dense"]["weights"] for x in result["sizes"].values()]
     if len(sizes) > 1:
         result["power_law"] = {n: dict(zip(("b", "interval", "c"), power_law(sizes, [x[n]["val_ce"] for x in result["sizes"].values()]))) for n in ("dense", "PRISM")}

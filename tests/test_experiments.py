@@ -16,6 +16,7 @@ from conftest import tiny, write_run
 from test_train import TINY
 
 import suppress
+import train
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -97,8 +98,6 @@ def test_refit(made, tmp_path):
 
 def trains_here(monkeypatch, module):
     """common.trained of an experiment, in this process: seconds instead of a start of Python each."""
-    import train
-
     def trained(out_dir, *options):
         if not (Path(out_dir) / "done").exists():
             keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -123,20 +122,54 @@ def test_lds(made, tmp_path, monkeypatch, capsys):
     assert all(-1 <= x["mean"] <= 1 for x in result["lds"].values()) and "3 models, 6 queries; without the best by cosine" in last
     assert result["lds"]["block"] == result["lds"]["block, share 0.1"] and -1 <= result["seeds"]["mean"] <= 1
     assert result["ceiling"] == pytest.approx(max(0, result["seeds"]["mean"]) ** 0.5)
-    half = json.loads((tmp_path / "w/half0/data/docs.json").read_text())
+    (folder,) = tmp_path.glob("w/*-2")  # the seed of the first half
+    half = json.loads((folder / "data/docs.json").read_text())
     whole = json.loads((Path(dataset) / "docs.json").read_text())
     kept = [x for x in half if x["split"] == "train"]
     assert len(kept) == sum(x["split"] == "train" for x in whole) // 2
-    a, b = (np.fromfile(Path(f) / "train.bin", np.uint16) for f in (dataset, tmp_path / "w/half0/data"))
+    a, b = (np.fromfile(Path(f) / "train.bin", np.uint16) for f in (dataset, folder / "data"))
     for x in kept:
         y = next(y for y in whole if y["split"] == "train" and y["title"] == x["title"])
         assert (b[x["start"]:x["start"] + x["length"]] == a[y["start"]:y["start"] + y["length"]]).all()
-    q, scores = result["removal"]["queries"][0], np.load(tmp_path / "w/scores/cosine.npz")["scores"]
-    without = {x["title"] for x in json.loads((tmp_path / f"w/without-cosine{q}/data/docs.json").read_text()) if x["split"] == "train"}
-    titles = [x["title"] for x in whole if x["split"] == "train"]
-    assert set(titles) - without == {titles[d] for d in np.argsort(-scores[q])[:result["removal"]["documents"]]}
-    lds.main(words)  # nothing is trained again
+    scores, titles = np.load(tmp_path / "w/scores/cosine.npz")["scores"], [x["title"] for x in whole if x["split"] == "train"]
+    gone = [set(titles) - {x["title"] for x in json.loads((f / "data/docs.json").read_text()) if x["split"] == "train"} for f in tmp_path.glob("w/*-1")]
+    assert all({titles[d] for d in np.argsort(-scores[q])[:result["removal"]["documents"]]} in gone for q in result["removal"]["queries"])
+    assert result["lds"]["cosine"]["first_minus_this"][0] == pytest.approx(result["lds"]["block"]["mean"] - result["lds"]["cosine"]["mean"])
+
+    def never(argv):
+        raise AssertionError("trained again")
+    monkeypatch.setattr(train, "main", never)
+    lds.main(words)
     assert capsys.readouterr().out.splitlines()[-1] == last
+    (tmp_path / "w/scores/cosine.npz").write_bytes(b"damaged")
+    lds.main(words)  # asked again
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    for wrong, message in (("--methods=block,guess", "no method 'guess'"), ("--removals=-1", "removals -1"), ("--mus=a", "mus=a, expected numbers")):
+        with pytest.raises(lds.UserError, match=message):
+            lds.main([*words, wrong])
+
+
+def test_a_run_is_trained_once_and_never_under_other_options(made, tmp_path):
+    import common
+    words = [w for w in TINY if "max_iters" not in w] + [f"--dataset={json.loads((made / 'config.json').read_text())['dataset']}"]
+    out = common.trained(tmp_path / "r", *words, "--max_iters=5")
+    stamp = (out / "ckpt.pt").stat().st_mtime_ns
+    assert common.trained(tmp_path / "r", *words, "--max_iters=5") == out and (out / "ckpt.pt").stat().st_mtime_ns == stamp
+    with pytest.raises(common.UserError, match="was trained with other options"):
+        common.trained(tmp_path / "r", *words, "--max_iters=10")
+    (out / "done").unlink()  # as after a kill
+    with pytest.raises(common.UserError, match="was begun with other options"):
+        common.trained(tmp_path / "r", *words, "--max_iters=10")
+    with pytest.raises(common.UserError, match="already holds a run that no experiment made"):
+        common.trained(made, *words)
+    with pytest.raises(common.UserError, match="train.py failed"):
+        common.trained(tmp_path / "bad", "--n_layer=0")
+    options = common.options_of(common.torch.load(out / "ckpt.pt", weights_only=True))
+    assert "--max_iters=5" in options and "--n_proto=12" in options and not any(o.startswith(("--out_dir", "--resume")) for o in options)
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(common.UserError, match="x.json is damaged"):
+        common.kept(tmp_path / "x.json")
+    assert common.kept(tmp_path / "none.json") == {}
 
 
 def test_scores_of_rivals_against_plain_gradients(made, tmp_path):
@@ -161,17 +194,51 @@ def test_scores_of_rivals_against_plain_gradients(made, tmp_path):
             owner = run.documents_of(np.arange(s + 1, s + 1 + run.T))
             np.add.at(want[q], owner, (mine * of(run.tokens, s)).sum().item() / run.T)
     assert np.allclose(got["gradient"], want, rtol=1e-3, atol=1e-3 * abs(want).max())
-    assert abs(got["cosine"]).max() <= 1 + 1e-6 and not np.allclose(got["trak"], 0)
-    with pytest.raises(rivals.UserError, match="method=guess, expected one of block"):
-        rivals.main(["--method=guess"])
+    assert abs(got["cosine"]).max() <= 1 + 1e-6
+    model, rng = rivals.Logits(run.model).requires_grad_(True), torch.Generator().manual_seed(1)
+    weights = [p for n, p in model.named_parameters() if "prototypes" not in n]
+    size = sum(p.numel() for p in weights)
+    place, sign = torch.randint(64, (size,), generator=rng), torch.randint(0, 2, (size,), generator=rng) * 2.0 - 1
+
+    def projected(text, at):
+        raw = torch.from_numpy(text[at:at + run.T + 1].astype(np.int64))[None]
+        g = sign * torch.cat([u.flatten() for u in torch.autograd.grad(torch.nn.functional.cross_entropy(model(raw[:, :-1])[0], raw[0, 1:], reduction="sum"), weights)])
+        return torch.stack([g[place == j].sum() for j in range(64)]).double()
+    phi = torch.stack([projected(run.tokens, s) for s in starts])
+    K = phi.T @ phi + 1e-3 * (phi.T @ phi).diagonal().mean() * torch.eye(64)
+    want = rivals.of_windows(run, starts, (torch.stack([projected(run.val, at) for at in (0, 32)]) @ torch.linalg.solve(K, phi.T)).numpy())
+    assert np.allclose(got["trak"], want, atol=1e-3 * abs(want).max())
+    for wrong, message in (("--method=guess", "no method 'guess'"), ("--dimension=0", "dimension is 0"), ("--last=99", "last is 99"), (f"--queries={made}/ckpt.pt", "cannot be read"),
+                           (f"--queries={tmp_path}/far.npy", "expected whole numbers")):
+        np.save(tmp_path / "far.npy", [10 ** 6])
+        with pytest.raises(rivals.UserError, match=message):
+            rivals.main([f"--out_dir={made}", "--method=random", f"--queries={tmp_path}/q.npy", f"--out={tmp_path}/x.npz", wrong])
 
 
-def test_ekfac_of_the_package_scores_every_document(made, tmp_path):
-    pytest.importorskip("kronfluence")
+def test_ekfac_of_the_package_with_much_damping_is_the_gradient_product(made, tmp_path, monkeypatch):
+    """H + lambda I is lambda I then, so lambda times the scores of the package are products of the linear layers' gradients: sign, order and sums."""
+    arguments = pytest.importorskip("kronfluence.arguments")
+    import rivals
+    plain = arguments.ScoreArguments
+    monkeypatch.setattr(arguments, "ScoreArguments", lambda **k: plain(**k | {"damping_factor": 1e8}))
     np.save(tmp_path / "q.npy", [0, 32])
-    script("rivals.py", f"--out_dir={made}", "--method=ekfac", f"--queries={tmp_path}/q.npy", f"--out={tmp_path}/e.npz")
+    rivals.main([f"--out_dir={made}", "--method=ekfac", f"--queries={tmp_path}/q.npy", f"--out={tmp_path}/e.npz"])
     x = np.load(tmp_path / "e.npz", allow_pickle=False)
-    assert np.isfinite(x["scores"]).all() and (x["scores"] != 0).mean() > 0.9 and json.loads(str(x["about"]))["once_s"] > 0
+    run = rivals.attribute.Run(made, "cpu")
+    model = rivals.Logits(run.model).requires_grad_(True)
+    weights = [p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
+
+    def of(text, at, mask=1.0):
+        raw = torch.from_numpy(text[at:at + run.T + 1].astype(np.int64))[None]
+        loss = torch.nn.functional.cross_entropy(model(raw[:, :-1])[0], raw[0, 1:], reduction="none") * mask
+        return torch.cat([u.flatten() for u in torch.autograd.grad(loss.sum(), weights)])
+    mine, want = torch.stack([of(run.val, at) for at in (0, 32)]), np.zeros_like(x["scores"])
+    for s in rivals.attribute.seen_windows(run.ckpt, len(run.tokens)):
+        owner = run.documents_of(np.arange(s + 1, s + 1 + run.T))
+        for d in set(owner.tolist()):
+            want[:, d] += (mine @ of(run.tokens, s, torch.from_numpy((owner == d).astype(np.float32)))).numpy()
+    assert np.allclose(1e8 * x["scores"], want, atol=0.02 * abs(want).max())  # in a window of two documents the later loss reaches the earlier places
+    assert (1e8 * x["scores"]).sum(1) == pytest.approx(want.sum(1), rel=1e-3) and json.loads(str(x["about"]))["once_s"] > 0
 
 
 def test_lds_of_scores_that_are_right_is_one():
@@ -232,14 +299,17 @@ def test_harness_scores_as_the_model_does_without_and_with_gains(tmp_path):
         assert [x[0] for x in lm.loglikelihood(asked, disable_tqdm=True)] == pytest.approx(score.flatten().tolist(), abs=1e-4)
         text = "the cat sat on the mat and ran away"  # longer than the context of 16
         rolling = lm.loglikelihood_rolling([lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text,), 0)])
-        ids = [256, *text.encode()]
-        want = sum(lab.model.logits(lab.model.hidden(torch.tensor([ids[max(0, t - 16):t]]))[:, -1], g)[0].log_softmax(-1)[ids[t]].item() for t in range(1, 17))
-        assert rolling[0] < want  # the first window is this sum; the others add to it
-        first = lm.loglikelihood_rolling([lm_eval.api.instance.Instance("loglikelihood_rolling", {}, (text[:16],), 0)])
-        assert first[0] == pytest.approx(want, abs=1e-4)
-        ask = lm_eval.api.instance.Instance("generate_until", {}, ("the cat", {"until": ["t"], "max_gen_toks": 9}), 0)
-        idx = lab.model.generate(torch.tensor([list(b"the cat")]), 9, 0.0, gains=g, n_vocab=257)
-        assert lm.generate_until([ask])[0] == bytes(t for t in idx[0, 7:].tolist() if t < 256).decode("utf-8", "replace").split("t")[0]
+        ids, want = [256, *text.encode()], 0.0
+        for a in (0, 16, 32):  # the last window is full too, and scores only what is left
+            b = min(a + 16, len(ids) - 1)
+            logp = lab.model.logits(lab.model.hidden(torch.tensor([ids[b - 16:b]])), g)[0].log_softmax(-1)
+            want += sum(logp[t - b - 1, ids[t]].item() for t in range(a + 1, b + 1))
+        assert rolling[0] == pytest.approx(want, abs=1e-3)
+        for prompt, options, n in (("the cat", {"until": ["t"], "max_gen_toks": 9}, 9), ("a hen sat on the mat", {"until": "zz"}, 128)):
+            ask = lm_eval.api.instance.Instance("generate_until", {}, (prompt, options), 0)
+            idx = lab.model.generate(torch.tensor([list(prompt.encode())[-16:]]), n, 0.0, gains=g, n_vocab=257, stop=256)
+            said = bytes(t for t in idx[0, len(prompt[-16:]):].tolist() if t < 256).decode("utf-8", "replace")
+            assert lm.generate_until([ask])[0] == said.split("t" if n == 9 else "zz")[0]
 
 
 def test_controllers_over_runs(tmp_path):
