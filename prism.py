@@ -525,6 +525,8 @@ def load_gains(path, model):
         if not product.isfinite().all():
             raise UserError(f"{path}: the product of these gains is not finite; turn them down")
         return product.masked_fill((parts == -math.inf).any(0), -math.inf)
+    if not Path(path).is_file():
+        raise UserError(f"no gains file {str(path)!r}; expected a path such as out/gains/examples.json, which python suppress.py find --name=examples writes")
     try:
         about = json.loads(Path(path).read_text("utf-8"))
         ids, values, owner, mode = about["ids"], torch.tensor(about["gains"], dtype=torch.float32), about["checkpoint"], about.get("mode", "zero")
@@ -551,7 +553,7 @@ def read_metrics(path):
         return []
     try:
         with open(path, newline="") as f:
-            rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+            rows = [{k: (int(v) if v.isdigit() else float(v)) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
             assert all({"step", "tokens"} <= row.keys() for row in rows)
             return rows
     except (ValueError, TypeError, AssertionError, csv.Error) as e:

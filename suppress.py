@@ -3,7 +3,7 @@
     python suppress.py find --behavior='>>>' --name=examples       which prototypes carry it; proposes gains: out/gains/examples.json
     python suppress.py apply --gains=out/gains/examples.json       before and after, side by side, with the same seeds
     python suppress.py sweep --gains=out/gains/examples.json       effect against price over size and gain, with random controls
-    python suppress.py calibrate --task=data/pydoc/cloze.jsonl     linear controllers that gain accuracy; out/gains/cloze.json
+    python suppress.py calibrate --task=data/pydoc/cloze.jsonl     linear controllers that gain accuracy; out/gains/controller.json
     python prism.py --gains=out/gains/examples.json --prompt="..."  gains files work wherever text is sampled
 
 The mathematics. Gains g (M,) enter as logits_t = W (r_t + sum_i g_i a_ti p_i); ones change nothing, 0 suppresses, above 1 amplifies, and a
@@ -329,10 +329,12 @@ def candidates(lab, s, w, ranks, mode="auto", seed=0):
 
 
 def write_gains(path, lab, gains, **about):
-    """A gains file that prism.load_gains reads, one number a line."""
+    """A gains file that prism.load_gains reads, one number a line. What sweep made of an older one of this name goes."""
     ids = (gains != 1).nonzero()[:, 0].tolist()
     mode = "reselect" if (gains == -math.inf).any() else "zero"
     path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in (".csv", ".png", ".sweep"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
     with atomic(path, "w", encoding="utf-8") as f:
         json.dump(dict(checkpoint=fingerprint(lab.model.state_dict()), mode=mode, **about, ids=ids,
                        gains=[0.0 if mode == "reselect" else round(gains[i].item(), 4) for i in ids]), f, indent=1)
@@ -487,15 +489,15 @@ def sweep(argv):
     said = ("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
             + (": none before, so nothing to cut: raise --prompts" if cut is None else f": cut by {cut:.0%}, by random prototypes (one draw) {control:.0%}") + f"; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
     result["summary"], result["checkpoint"] = said, made["checkpoint"]
-    result["plot"] = picture(rows, made["behavior"], path.with_suffix(".png"))
+    result["plot"] = picture(rows, made["behavior"], made["found"]["price"], path.with_suffix(".png"))
     with atomic(path.with_suffix(".sweep"), "w", encoding="utf-8") as f:
         json.dump(result, f)
     print(f"{path.with_suffix('')}.csv, .png, .sweep (python attribute.py report shows them)")
     print(said)
 
 
-def picture(rows, behavior, path):
-    """Effect against price, one line a mode, the random controls hollow, the chosen point a star -> a data address of the PNG at path."""
+def picture(rows, behavior, price, path):
+    """Effect against price, a color a mode, the random controls hollow, the chosen point a star, the allowed price dotted -> a data address of the PNG at path."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -505,7 +507,11 @@ def picture(rows, behavior, path):
         style = dict(color=color, marker=marker, linestyle="", markersize=12 if mode == "chosen" else 6)
         ax.plot([r["loss_percent"] for r in mine], [r["rate"] for r in mine], label=mode, **style)
         ax.plot([r["control_loss_percent"] for r in mine], [r["control_rate"] for r in mine], markerfacecolor="none", **style)
-    ax.set(xscale="symlog", xlabel="rise of the loss of text without it, %", ylabel="rate of the behavior, share of before", ylim=(0, None))
+    ax.axvline(price, color="#999999", linestyle=":", label=f"price, {price:g}%")
+    ax.set_xscale("symlog", linthresh=0.5, linscale=1.5)
+    ax.set_xticks(ticks := [x for x in (-1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 5, 10, 20, 50) if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]], [f"{x:g}" for x in ticks])
+    ax.minorticks_off()
+    ax.set(xlabel="rise of the loss of text without it, %", ylabel="rate of the behavior, share of before", ylim=(0, None))
     ax.set_title(behavior[:60].replace("$", r"\$") + "   (hollow: the same gains on random prototypes)", fontsize=9)
     ax.legend()
     buffer = io.BytesIO()

@@ -146,13 +146,29 @@ def tables(r):
         yield "Neighbourhoods of prototypes in training text", "grounding.py", table(("directions", "cosine of the nearest", *(f"purity, {k}" for k in kinds), "stable over seeds", "by chance"), (
             *((n, f"{v['nearest_cosine'][1]:.3f}", *(f"{v[k]:.3f}" for k in kinds), *((f"{x['stability'][n]['mean']:.3f}", f"{x['stability'][n]['by_chance']:.3f}") if n in x["stability"] else ("", ""))) for n, v in x["sets"].items()),
             ("tokens at random", "", *(f"{x['by_chance'][k]:.3f}" for k in kinds), "", "")))
+    if x := r.get("planted"):
+        kinds = list(next(iter(x["table"].values())))
+        yield "Documents planted with facts: how often the right one ranks first", "planted.py", table(("method", *kinds), ((n, *(f"{v[k]['first']} of {v[k]['of']}" for k in kinds)) for n, v in x["table"].items()))
+    if x := r.get("attribution_small"):
+        yield "What smaller indexes lose", "attribution_small.py", table(("settings", "r with the whole index", "size, MB", "top 10 in common"), (
+            (f"`{n}`", f"{v['r']:.3f}", f"{v['bytes'] / 1e6:,.0f}", f"{v['overlap']:.0%}") for n, v in x["settings"].items()))
+    if x := r.get("attribution_speed-cpu"):
+        b = x["bandwidth"]
+        yield "What attribution costs", "attribution_speed.py", table(("figure", "measured", "goal"), (
+            ("index, forward passes over the corpus", f"{x['index']['ratio']:.2f}", "2.5"), ("share of the bandwidth, posting lists", f"{b['postings_share']:.2f}", "0.5"), ("documents of a query, ms", f"{b['document_ms']:.1f}", ""),
+            ("64 queries together against one by one, documents", f"{x['batch']['document']['ratio']:.1f}", "8"), ("the same, tokens", f"{x['batch']['token']['ratio']:.1f}", "8")))
+    if x := r.get("resume-1"):
+        yield "Killed and resumed", "resume.py", f"{sum(t['identical'] for t in x['trials'])} of {len(x['trials'])} runs ended with the same weights, bit for bit; {sum(t['during_write'] for t in x['trials'])} of the kills came while a checkpoint was being written."
+    if x := r.get("tokenize_1gb"):
+        yield "Tokenising", "tokenize_1gb.py", table(("workers", "MB/s"), x["mb_per_second"].items()) + f"\n\n{x['megabytes']:.0f} MB of text; at most {x['peak_rss_mb']} MB of memory."
     if every := suppressions(r):
         yield "Behaviors turned down", "suppression.py", table(("behavior", "gains", "matches per 1,000 tokens", "controls", "loss of gains", "bias", "ban (text made impossible)", "finetune"), (
             (f"`{x['behavior']}`", f"{x['found']['by']}, {x['found']['prototypes']}", f"{rate(x, 'before'):.2f} -> {rate(x, 'gains'):.2f} ({-cut(x):+.0%})", ", ".join(f"{rate(x, n):.2f}" for n in x["sides"] if n.startswith("control")),
              spread(x["sides"]["gains"]["loss_percent"], unit="%"), *(f"{x['sides'][n]['loss_percent'][0]:+.2f}%, {rate(x, n):.2f}" + (f" ({x['sides'][n]['impossible_percent']:.2f}%)" if "impossible_percent" in x["sides"][n] else "") for n in ("bias", "ban", "finetune"))) for x in every.values()))
     if x := r.get("controllers"):
-        yield "Controllers", "controllers.py", table(("run", "uncalibrated", "controller, points", "random directions", "temperature"), (
-            (n, f"{v['result']['uncalibrated']['accuracy']:.1%}", *(spread(v["result"][k]["points"], 1) for k in ("controller", "random", "temperature"))) for n, v in x["runs"].items()))
+        yield "Controllers", "controllers.py", table(("run", "uncalibrated", "controller, points", "random directions", "controller over these", "temperature"), (
+            (n, f"{v['result']['uncalibrated']['accuracy']:.1%}", *(spread(v["result"][k]["points"], 1) for k in ("controller", "random")), spread(v["result"]["over_random"], 1) if "over_random" in v["result"] else "",
+             spread(v["result"]["temperature"]["points"], 1)) for n, v in sorted(x["runs"].items(), key=lambda u: (u[1]["task"], u[1]["train_seed"]))))
 
 
 def write():

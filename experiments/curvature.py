@@ -92,7 +92,7 @@ def main(argv):
     fig.colorbar(shown, ax=axes[2], label="|R|, co-activation")
     for (name, (_, condition)), color in zip(pictures.items(), ("#0072B2", "#E69F00", "#999999")):
         axes[3].hist(condition.numpy(), bins=40, histtype="step", label=name, color=color)
-    axes[3].set(xlabel="log10 of the condition number of a block, with damping", ylabel="prototypes")
+    axes[3].set(xlabel="log10 of a block's condition number", ylabel="prototypes")
     axes[3].legend(fontsize=8)
     with atomic(Path(cfg.out).with_suffix(".png")) as f:
         fig.savefig(f, dpi=110, format="png")
