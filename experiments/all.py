@@ -197,6 +197,7 @@ def made_small(folder):
         if not (data / f"{name}.jsonl").exists():
             python("data/prepare.py", "cloze", "--dataset=pydoc", *words)
     python("train.py", "--resume", f"--out_dir={folder / 'run'}", *TINY.split())
+    python("attribute.py", "index", f"--out_dir={folder / 'run'}")
 
 
 def main(argv):
