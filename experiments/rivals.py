@@ -219,8 +219,10 @@ def gradient(run, cfg, idx, targets, clock):
         e = F.one_hot(y, len(W)) - (z @ W.T).softmax(-1)
         return e.mT @ z                                                                       # (B, V, d)
     mine = of(idx, targets, cfg.last).flatten(1)
-    out = [(of(*run.windows(starts[i:i + 8])).flatten(1) @ mine.T).T for i in range(0, len(starts), 8)]
-    return of_windows(run, starts, torch.cat(out, 1).numpy())
+    out = torch.zeros(len(starts), len(mine))                                                 # one buffer: small results kept between large ones would scatter the heap
+    for i in range(0, len(starts), 8):
+        out[i:i + 8] = of(*run.windows(starts[i:i + 8])).flatten(1) @ mine.T
+    return of_windows(run, starts, out.T.numpy())
 
 
 @torch.no_grad()
