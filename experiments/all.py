@@ -133,7 +133,7 @@ def tables(r):
         if x.get("ceiling"):
             text += f"\n\nThe same half with two seeds correlates {x['seeds']['mean']:.3f} +- {x['seeds']['half_width']:.3f}; its root, {x['ceiling']:.3f}, is the ceiling. {x['documents']} documents."
         if v := x.get("removal"):
-            text += f"\n\nWithout the {v['documents']} best documents of each of {len(v['queries'])} queries, mean rise of its loss: " + ", ".join(f"{n} {sum(u) / len(u):+.4f}" for n, u in v["added"].items()) + "."
+            text += f"\n\nWithout the best documents of a query, up to {x['options']['share']:.0%} of the tokens, mean rise of its loss over {len(v['queries'])} queries: " + ", ".join(f"{n} {sum(u) / len(u):+.4f}" for n, u in v["added"].items()) + "."
         yield "Real retraining", "lds.py", text
     if x := r.get("ekfac"):
         yield "Cost of a query, and agreement with exact blocks", "ekfac.py", table(("method", "once, s", "a query, ms", "peak MB", "disk MB", "top 10", "top 100", "Spearman"), (

@@ -12,8 +12,8 @@ All methods share queries and halves, so two are compared by the interval of the
 
 The ceiling: --again of the halves are trained a second time with another seed. Where r is the correlation of a query's loss between the two, a
 method that knew the mean over seeds exactly would reach about sqrt(r) against one of them; LDS is also given as a share of that.
-Removal: for --removals queries, a model is trained without the 5% of documents with the highest scores of a method, and one without 5% at random, all with the
-seed of the model of everything; what that adds to the query's loss. Finished models and scores are kept, so a run that was stopped goes on.
+Removal: for --removals queries, a model is trained without the documents with the highest scores of a method, until 5% of the training tokens are gone (random: of
+noise), all with the seed of the model of everything; what that adds to the query's loss. Finished models and scores are kept, so a run that was stopped goes on.
 """
 import hashlib
 import json
@@ -41,7 +41,7 @@ class LDSConfig:
     methods: str = "block,joined,ekfac,ekfac-undamped,trak,gradient,cosine,random"  # of rivals.py; the first is compared with each of the others
     removals: int = 6                                  # queries whose best documents are really removed; 0: none
     removed: str = "block,ekfac,cosine,random"         # methods whose best documents are removed
-    share: float = 0.05                                # of the documents, removed
+    share: float = 0.05                                # of the training tokens, removed
     train: str = "--n_layer=2 --n_head=2 --n_embd=64 --n_proto=512 --top_k=8 --head_share=1 --max_iters=500 --device=cpu"  # options of train.py
     mus: str = "0.001,0.01,0.1,1"                      # dampings, as shares of the median over blocks of the mean eigenvalue
     seed: int = 1                                      # of the halves; model j trains with seed + 1 + j, the second time with seed + 1001 + j
@@ -169,18 +169,21 @@ def main(argv):
         tell(f"joined, share {share:g}", index.scan_all(index.stored(joined(index, b)), "document"))
 
     # -- removal
-    base, n = query_losses(whole, idx, targets), max(1, round(cfg.share * D))
+    base, tokens = query_losses(whole, idx, targets), np.diff([*run.doc_start, len(run.tokens)])
     chosen = np.random.default_rng(cfg.seed + 2).permutation(len(starts))[:cfg.removals]
-    added = {}
+    added, gone = {}, {}
     for q in chosen.tolist():
         for method in removed:
             scores = every[method] if method in every else ask(whole, run, method, starts, work / "scores" / f"{method}.npz")[0]
             keep = np.ones(D, bool)
-            keep[np.argsort(-scores[q])[:n]] = False
+            order = np.argsort(-scores[q])
+            n = min(D - 1, int(np.searchsorted(tokens[order].cumsum(), cfg.share * len(run.tokens))) + 1)
+            keep[order[:n]] = False
             change = float((query_losses(model_on(cfg, work, source, keep, cfg.seed), idx, targets) - base)[q])
             added.setdefault(method, []).append(change)
+            gone.setdefault(method, []).append([n, float(tokens[order[:n]].sum() / len(run.tokens))])
             print(f"query {q} without the {n} best documents by {method}: loss {base[q]:.3f} {change:+.4f}", flush=True)
-        result["removal"] = dict(documents=n, queries=chosen.tolist(), added=added)
+        result["removal"] = dict(queries=chosen.tolist(), added=added, documents_and_share=gone)
     save(cfg.out, result)
     best = max(result["lds"].items(), key=lambda u: u[1]["mean"])
     print(f"best of {len(result['lds'])}: {best[0]}, LDS {best[1]['mean']:.3f} +- {best[1]['half_width']:.3f}; {cfg.models} models, {len(starts)} queries"

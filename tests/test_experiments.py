@@ -133,7 +133,10 @@ def test_lds(made, tmp_path, monkeypatch, capsys):
         assert (b[x["start"]:x["start"] + x["length"]] == a[y["start"]:y["start"] + y["length"]]).all()
     scores, titles = np.load(tmp_path / "w/scores/cosine.npz")["scores"], [x["title"] for x in whole if x["split"] == "train"]
     gone = [set(titles) - {x["title"] for x in json.loads((f / "data/docs.json").read_text()) if x["split"] == "train"} for f in tmp_path.glob("w/*-1")]
-    assert all({titles[d] for d in np.argsort(-scores[q])[:result["removal"]["documents"]]} in gone for q in result["removal"]["queries"])
+    for q, (n, share) in zip(result["removal"]["queries"], result["removal"]["documents_and_share"]["cosine"]):
+        best = np.argsort(-scores[q])
+        length = [next(x["length"] for x in whole if x["split"] == "train" and x["title"] == titles[d]) for d in best]
+        assert {titles[d] for d in best[:n]} in gone and sum(length[:n - 1]) < 0.05 * sum(length) <= sum(length[:n]) and share == pytest.approx(sum(length[:n]) / sum(length))
     assert result["lds"]["cosine"]["first_minus_this"][0] == pytest.approx(result["lds"]["block"]["mean"] - result["lds"]["cosine"]["mean"])
 
     def never(argv):
