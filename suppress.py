@@ -489,7 +489,8 @@ def sweep(argv):
     said = ("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
             + (": none before, so nothing to cut: raise --prompts" if cut is None else f": cut by {cut:.0%}, by random prototypes (one draw) {control:.0%}") + f"; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
     result["summary"], result["checkpoint"] = said, made["checkpoint"]
-    result["plot"] = picture(rows, made["behavior"], made["found"]["price"], path.with_suffix(".png"))
+    price = made["found"].get("price") if isinstance(made.get("found"), dict) else None
+    result["plot"] = picture(rows, made["behavior"], price if isinstance(price, (int, float)) else 0.0, path.with_suffix(".png"))
     with atomic(path.with_suffix(".sweep"), "w", encoding="utf-8") as f:
         json.dump(result, f)
     print(f"{path.with_suffix('')}.csv, .png, .sweep (python attribute.py report shows them)")
