@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from prism import UserError, atomic  # noqa: E402
@@ -53,6 +54,13 @@ def kept(path):
         return {}
     except ValueError as e:
         raise UserError(f"{path} is damaged ({e}); remove it and run again") from None
+
+
+def spearman(a, b):
+    """Rank correlation of each column of a with the same column of b, both (n, Q) -> (Q,)."""
+    a, b = (np.argsort(np.argsort(x, axis=0), axis=0).astype(float) for x in (a, b))
+    a, b = a - a.mean(0), b - b.mean(0)
+    return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
 
 
 def machine():

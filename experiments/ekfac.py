@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
-from common import machine, save  # noqa: E402
+from common import machine, save, spearman  # noqa: E402
 from rivals import ask, check_methods  # noqa: E402
 
 import attribute  # noqa: E402
@@ -34,15 +34,10 @@ class EkfacConfig:
     out: str = "experiments/results/ekfac.json"  # the result
 
 
-def ranks(x):
-    return np.argsort(np.argsort(x, axis=1), axis=1).astype(float)
-
-
 def agreement(a, b, tops=(10, 100)):
     """Scores a, b (Q, D) -> shares of the tops in common, and Spearman r, means over queries."""
     shared = {f"top_{n}": float(np.mean([len(np.intersect1d(np.argsort(-x)[:n], np.argsort(-y)[:n])) / min(n, len(x)) for x, y in zip(a, b)])) for n in tops}
-    u, v = (r - r.mean(1, keepdims=True) for r in (ranks(a), ranks(b)))
-    return shared | dict(spearman=float(((u * v).sum(1) / np.sqrt((u * u).sum(1) * (v * v).sum(1))).mean()))
+    return shared | dict(spearman=float(spearman(a.T, b.T).mean()))
 
 
 def main(argv):
@@ -69,13 +64,12 @@ def main(argv):
         del row["key"]
         print(f"{method:>14}: once {row['once_s']:.1f} s, a query {1000 * row['query_s']:.1f} ms, peak {row['peak_bytes'] / 1e6:,.0f} MB, disk {row['disk'] / 1e6:,.1f} MB"
               + (f"; with {methods[0]}: top 10 {row['top_10']:.2f}, top 100 {row['top_100']:.2f}, Spearman {row['spearman']:.3f}" if method != methods[0] else ""), flush=True)
-    save(cfg.out, result)
     if {"block", "ekfac"} <= scores.keys():
         a, b = (result["methods"][m] for m in ("block", "ekfac"))
         result["ratio"] = dict(query=b["query_s"] / a["query_s"], once=b["once_s"] / a["once_s"] if a["once_s"] else None, memory=b["peak_bytes"] / a["peak_bytes"],
                                break_even=a["once_s"] / max(1e-9, b["query_s"] - a["query_s"]))
-        save(cfg.out, result)
         print(f"a query of ours is {result['ratio']['query']:,.0f} times as fast as EK-FAC's, at {1 / result['ratio']['memory']:.2f} of its peak memory; the index has paid for itself after {result['ratio']['break_even']:.1f} queries")
+    save(cfg.out, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Prints the metrics of every task, each with its standard error, without gains and with them, and writes --out. In a program of yours:
     lm_eval.simple_evaluate(model=PrismLM("out", "out/gains/cloze.json"), tasks=["arc_easy"])
 """
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
-from common import machine  # noqa: E402
+from common import machine, save  # noqa: E402
 
-from prism import UserError, atomic, load_checkpoint, load_gains, load_tokenizer, parse_config, pick_device, run_main  # noqa: E402
+from prism import UserError, load_checkpoint, load_gains, load_tokenizer, parse_config, pick_device, run_main  # noqa: E402
 
 try:
     import lm_eval
@@ -128,8 +127,7 @@ def main(argv):
         for metric in (m for m in x if "_stderr" not in m):
             error = ",".join((metric.split(",")[0] + "_stderr", *metric.split(",")[1:]))       # acc_stderr, or exact_match_stderr,strict-match
             print(f"{task} {metric}: " + "; ".join(f"{n} gains {result[n][task][metric]:.4f} +- {result[n][task].get(error, math.nan):.4f}" for n in ("without", "with") if n in result))
-    with atomic(cfg.out, "w", encoding="utf-8") as f:
-        json.dump(result, f, indent=1)
+    save(cfg.out, result)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from common import machine, save, trained  # noqa: E402
+from common import machine, save, spearman, trained  # noqa: E402
 from rivals import ask, check_methods, joined, vectors  # noqa: E402
 
 import attribute  # noqa: E402
@@ -80,15 +80,9 @@ def query_losses(out_dir, idx, targets):
     return torch.stack([model(i[None], y[None])[0].log_softmax(-1).gather(-1, y[None, :, None]).mean() for i, y in zip(idx, targets)]).neg().numpy()
 
 
-def ranks(x):
-    return np.argsort(np.argsort(x, axis=0), axis=0).astype(float)
-
-
 def lds(scores, kept, losses):
     """scores (queries, documents), kept (models, documents), losses (models, queries) -> Spearman r over models (queries,)."""
-    a, b = ranks(-(kept.astype(float) @ scores.T)), ranks(losses)
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
+    return spearman(-(kept.astype(float) @ scores.T), losses)
 
 
 def interval(x, rng):
@@ -134,8 +128,7 @@ def main(argv):
     result = dict(options=asdict(cfg) | dict(work="", out=""), machine=machine(), documents=D, queries=len(starts), lds={}, cost={})
     ceiling = None
     if cfg.again > 2:
-        a, b = (x - x.mean(0) for x in (ranks(losses[:cfg.again]), ranks(np.stack(twice))))
-        r = (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
+        r = spearman(losses[:cfg.again], np.stack(twice))
         result["seeds"] = dict(zip(("mean", "half_width"), interval(r, draws)))
         result["ceiling"] = ceiling = float(np.sqrt(max(0.0, r.mean())))
         print(f"the same half with two seeds: Spearman {r.mean():.3f} +- {result['seeds']['half_width']:.3f}; a method can reach about {ceiling:.3f}", flush=True)

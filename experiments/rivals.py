@@ -136,7 +136,7 @@ class Logits(torch.nn.Module):
 
 
 def ekfac(run, cfg, idx, targets, clock):
-    try:  # the import is in no clock
+    try:
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.arguments import ScoreArguments
         from kronfluence.task import Task
@@ -171,13 +171,18 @@ def ekfac(run, cfg, idx, targets, clock):
         analyzer.compute_pairwise_scores("scores", "factors", query, train, per_device_query_batch_size=len(idx), per_device_train_batch_size=cfg.batch,
                                          score_args=ScoreArguments(compute_per_token_scores=True, damping_factor=None if cfg.method == "ekfac" else 1e-8))
         scores = analyzer.load_pairwise_scores("scores")["all_modules"]                        # (Q, windows, T)
-    owner = run.documents_of((starts[:, None] + 1 + np.arange(run.T)).ravel())
+    owner = owners(run, starts)
     return np.stack([np.bincount(owner, s.flatten().double().numpy(), len(run.titles)) for s in scores])
+
+
+def owners(run, starts):
+    """The documents (windows T,) of the tokens that windows at `starts` predict."""
+    return run.documents_of((starts[:, None] + 1 + np.arange(run.T)).ravel())
 
 
 def of_windows(run, starts, scores):
     """Scores (Q, windows) -> (Q, documents): each document gets its share of a window's tokens."""
-    owner = run.documents_of((starts[:, None] + 1 + np.arange(run.T)).ravel())
+    owner = owners(run, starts)
     return np.stack([np.bincount(owner, np.repeat(s / run.T, run.T), len(run.titles)) for s in scores])
 
 
@@ -231,7 +236,7 @@ def cosine(run, cfg, idx, targets, clock):
     sums = torch.zeros(D, d)
     for i in range(0, len(starts), 64):
         part = starts[i:i + 64]
-        owner = run.documents_of((part[:, None] + 1 + np.arange(run.T)).ravel())
+        owner = owners(run, part)
         sums.index_add_(0, torch.from_numpy(owner), run.model.hidden(run.windows(part)[0]).flatten(0, 1))
     clock["once"], clock["disk"], clock["t"] = time.perf_counter() - clock["t"], sums.numel() * 4, time.perf_counter()
     return (F.normalize(run.model.hidden(idx)[:, -cfg.last:].mean(1), dim=1) @ F.normalize(sums, dim=1).T).numpy()
