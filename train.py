@@ -225,17 +225,19 @@ def write_metrics(out_dir, rows):
 # ----------------------------------------------------------------------------- the model to train
 
 def load_start(cfg):
-    """The weights that cfg.init_from names, whose shape then replaces the options' -> (state dict, its n_proto)."""
+    """The weights that cfg.init_from names, whose shape then replaces the options' -> (state dict, its n_proto), and, of a run, what it read:
+    (its train.bin's sha256, tokens)."""
     path = Path(cfg.init_from) / "ckpt.pt" if Path(cfg.init_from).is_dir() else Path(cfg.init_from)
     content = load_tensors(path) if path.is_file() else cfg.init_from
     if isinstance(content, dict) and "config" in content:
         config, state = content["config"], content["model"]
+        read = content.get("data"), content.get("before", 0) + content.get("step", 0) * content.get("train_config", {}).get("total_batch_tokens", 0)
     else:  # GPT-2's; n_head is n_embd / 64 as in all of its sizes
         model = PRISM.from_pretrained(content, n_proto=0)
-        config, state = asdict(model.config), model.state_dict()
+        config, state, read = asdict(model.config), model.state_dict(), (None, 0)
     for name in SHAPE:
         setattr(cfg, name, config[name])
-    return state, config["n_proto"]
+    return (state, config["n_proto"]), read
 
 
 def attach(model, state, n_proto, cfg, windows, device):
@@ -278,13 +280,14 @@ def main(argv):
     dtype, compiled, why = choose_precision(cfg, device)
 
     # -- a checkpoint to go on from, or weights to start from
-    last = begin = None
+    last, begin, before = None, None, 0  # before: tokens of this very text that the weights had read when they came
     if (out_dir / "last.pt").exists():
         if not cfg.resume:
             raise UserError(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or remove the folder")
         last = load_tensors(out_dir / "last.pt")
         if not isinstance(last, dict) or not {"model", "config", "optimizer", "step", "best", "train_config", "data", "sums"} <= last.keys():
             raise UserError(f"{out_dir}/last.pt is no checkpoint of train.py; remove it to start afresh")
+        before = last.get("before", 0)
         if last["train_config"].get("init_from"):
             cfg.init_from = last["train_config"]["init_from"]
             for name in SHAPE:
@@ -296,7 +299,8 @@ def main(argv):
         if last["data"] != meta["sha256"]["train.bin"]:
             raise UserError(f"{out_dir} was trained on another version of {folder}; choose another --out_dir")
     elif cfg.init_from:
-        begin = load_start(cfg)
+        begin, (text, read) = load_start(cfg)
+        before = read if text == meta["sha256"]["train.bin"] else 0
     start, best = (last["step"], last["best"]) if last else (0, math.inf)
     rows = [r for r in read_metrics(out_dir / "metrics.csv") if r["step"] <= start] if last else []
 
@@ -361,7 +365,7 @@ def main(argv):
         if not master:
             return
         content = dict(model=model.state_dict(), config=asdict(model.config), step=step, best=best, optimizer=optimizer.state_dict(),
-                       train_config=asdict(cfg), data=meta["sha256"]["train.bin"], sums=sums)
+                       train_config=asdict(cfg), data=meta["sha256"]["train.bin"], before=before, sums=sums)
         for name in ["ckpt.pt"] * is_best + ["last.pt"]:  # a kill in between repeats this interval and writes both again
             with writing(out_dir / name), atomic(out_dir / name) as f:
                 torch.save(content, f)

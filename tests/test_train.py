@@ -266,6 +266,8 @@ def test_starting_from_other_weights(dataset, tmp_path):
     last = prism.load_tensors(tmp_path / "a/last.pt")
     assert last["config"]["block_size"] == 32 and last["config"]["n_embd"] == 16 and last["config"]["head_share"] == 1
     assert last["model"]["prototypes"].shape == (12, 16)
+    start = prism.load_tensors(tmp_path / "dense/ckpt.pt")
+    assert last["before"] == start["step"] * start["train_config"]["total_batch_tokens"] > 0  # the same text: attribution counts it as read
     process = spawn(dataset, tmp_path / "c", *more, "--max_iters=10", "--eval_interval=3")
     for line in process.stdout:
         if line.startswith("step 3: validation"):
@@ -273,6 +275,7 @@ def test_starting_from_other_weights(dataset, tmp_path):
     process.communicate()
     run(dataset, tmp_path / "c", *more, "--max_iters=10", "--resume")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    assert prism.load_tensors(tmp_path / "c/last.pt")["before"] == last["before"]
     with pytest.raises(UserError, match="was started with lambda_rec=0.1, now lambda_rec=7.0"):
         run(dataset, tmp_path / "a", *more, "--resume", "--lambda_rec=7")
     dense, retro = (train.read_metrics(tmp_path / n / "metrics.csv") for n in ("dense", "a"))
@@ -280,6 +283,7 @@ def test_starting_from_other_weights(dataset, tmp_path):
     torch.save(weights(tmp_path / "dense"), tmp_path / "gpt2.pt")  # a bare state dict with GPT-2's names
     run(dataset, tmp_path / "gpt", f"--init_from={tmp_path}/gpt2.pt", "--max_iters=1", "--eval_interval=1", "--learning_rate=1e-9")
     assert prism.load_tensors(tmp_path / "gpt/last.pt")["config"]["n_head"] == 1  # n_embd / 64, at least 1
+    assert prism.load_tensors(tmp_path / "gpt/last.pt")["before"] == 0
 
 
 def test_what_the_optimizer_does():
