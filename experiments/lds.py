@@ -3,12 +3,18 @@
     pip install -r experiments/requirements.txt                                        kronfluence, for EK-FAC
     python data/prepare.py pydoc --name=pydoc512 --vocab_size=512
     python experiments/lds.py                                                          about 70 small trainings; two hours on 2 cores
+    python experiments/passages.py --folder=books --out=passages.jsonl                 long texts of your own, as many documents
+    python data/prepare.py passages.jsonl --name=books512 --vocab_size=512
     python experiments/lds.py --dataset=books512 --work=out-lds-books --out=experiments/results/lds-books.json
 
 A model is trained on everything; others, of the same options and other seeds, are trained by train.py on random halves of the documents. Queries are
 held-out windows. For each query, the Spearman correlation over the halves between the query's real loss and minus the sum of the scores of
-the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries (Park et al. 2023, arXiv 2303.14186), not over halves.
-All methods share queries and halves, so two are compared by the interval of their difference, query by query.
+the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries (Park et al. 2023, arXiv 2303.14186). "Both" adds what the
+choice of halves leaves open, by the jackknife over halves. All methods share queries and halves, so two are compared by the interval of their difference.
+By source: each document is given its source's score times its share of the source's tokens, which is what an attribution to sources alone knows.
+Full: the head's joint Hessian, summed over --full windows, solved to a residual of 1% for every query. Ensemble: the mean of the first method's scores over --ensemble
+more models of everything, trained with other seeds, each scaled to unit spread: so many times the price.
+With --retrofit every model is a dense one first, to which prototypes are attached and which these options of train.py then train on.
 
 The ceiling: --again of the halves are trained a second time with another seed. Where r is the correlation of a query's loss between the two, a
 method that knew the mean over seeds exactly would reach about sqrt(r) against one of them; LDS is also given as a share of that.
@@ -44,6 +50,9 @@ class LDSConfig:
     share: float = 0.05                                # of the training tokens, removed
     train: str = "--n_layer=2 --n_head=2 --n_embd=64 --n_proto=512 --top_k=8 --head_share=1 --max_iters=500 --device=cpu"  # options of train.py
     mus: str = "0.001,0.01,0.1,1"                      # dampings, as shares of the median over blocks of the mean eigenvalue
+    full: int = 0                                      # windows that the joint Hessian is summed over; 0: left out
+    ensemble: int = 0                                  # more models of everything whose scores are averaged; 0: none
+    retrofit: str = ""                                 # options of train.py that follow a dense training with --train
     seed: int = 1                                      # of the halves; model j trains with seed + 1 + j, the second time with seed + 1001 + j
     work: str = "out-lds"                              # models, their data and scores go here
     out: str = "experiments/results/lds.json"          # the result
@@ -96,12 +105,48 @@ def model_on(cfg, work, source, keep, seed):
     folder = work / f"{hashlib.sha256(np.packbits(keep).tobytes()).hexdigest()[:10]}-{seed}"
     if not (folder / "data/meta.json").exists():
         part_of(folder / "data", source, keep)
-    return trained(folder / "run", f"--dataset={folder / 'data'}", f"--seed={seed}", *cfg.train.split())
+    return model_of(cfg, folder / "run", folder / "data", seed)
+
+
+def model_of(cfg, out, data, seed):
+    """Trains a model on the dataset `data`, from scratch or, with cfg.retrofit, a dense one that then gets prototypes -> the run."""
+    options = f"--dataset={data}", f"--seed={seed}", *cfg.train.split()
+    if cfg.retrofit:
+        dense = trained(out.with_name(f"{out.name}-dense"), *options, "--n_proto=0")
+        options = *options, *cfg.retrofit.split(), f"--init_from={dense}"
+    return trained(out, *options)
+
+
+def by_source(scores, source, tokens):
+    """scores (Q, D), source (D,) whole numbers, tokens (D,) -> (Q, D): a source's summed score, shared out by tokens."""
+    sums = np.stack([np.bincount(source, row) for row in scores])
+    return sums[:, source] * (tokens / np.bincount(source, tokens)[source])
+
+
+def jackknife(f, n):
+    """Half-width of the 95% interval of the mean of f(halves), halves a mask of n: each half left out once."""
+    left = np.array([f(np.arange(n) != j).mean() for j in range(n)])
+    return 1.96 * float(np.sqrt((n - 1) / n * ((left - left.mean()) ** 2).sum()))
+
+
+@torch.no_grad()
+def full(index, b, cfg):
+    """The joint Hessian's H^-1 b (Q, M, d) by conjugate gradients -> x, largest relative residual, iterations."""
+    run = index.run
+    starts = attribute.sampled(attribute.seen_windows(run.ckpt, len(run.tokens)), cfg.seed, cfg.full)[0]
+    parts = [attribute.records(run.model, *run.windows(starts[i:i + 64])) for i in range(0, len(starts), 64)]
+    weight = index.meta["windows"] * index.meta["window_weight"] / len(starts)
+
+    def product(v):
+        return weight * sum(attribute.curvature_product(index.W, ids, gates, pi, v) for ids, gates, _, pi, _, _ in parts) + index.meta["mu"] * v
+    return attribute.conjugate_gradients(product, b, index.precondition, 0.01)
 
 
 def main(argv):
     cfg = parse_config(LDSConfig, argv)
     methods, removed = cfg.methods.split(","), cfg.removed.split(",")
+    if min(cfg.full, cfg.ensemble) < 0:
+        raise UserError(f"full is {cfg.full}, ensemble {cfg.ensemble}; expected at least 0")
     if cfg.models < 2 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or cfg.removals < 0 or not 0 < cfg.share < 1:
         raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, removals {cfg.removals}, share {cfg.share}; expected at least 2, at most models, at least 1, at least 0, between 0 and 1")
     check_methods([*methods, *removed * (cfg.removals > 0)])
@@ -110,7 +155,7 @@ def main(argv):
     except ValueError:
         raise UserError(f"mus={cfg.mus}, expected numbers with commas between") from None
     work, source = Path(cfg.work), dataset_folder(cfg.dataset)
-    whole = trained(work / "all", f"--dataset={source}", f"--seed={cfg.seed}", *cfg.train.split())
+    whole = model_of(cfg, work / "all", source, cfg.seed)
     run, rng = attribute.Run(whole, "cpu"), np.random.default_rng(cfg.seed)
     D = len(run.titles)
     kept = np.zeros((cfg.models, D), bool)
@@ -134,17 +179,25 @@ def main(argv):
         print(f"the same half with two seeds: Spearman {r.mean():.3f} +- {result['seeds']['half_width']:.3f}; a method can reach about {ceiling:.3f}", flush=True)
 
     def tell(name, scores):
+        if not first:
+            first.append(scores)
+
+        def both(half, f):
+            return float(np.hypot(half, jackknife(f, cfg.models)))
         r = lds(scores, kept, losses)
-        first.setdefault("r", r)
         mean, half = interval(r, np.random.default_rng(0))
-        difference = interval(first["r"] - r, np.random.default_rng(0))
-        result["lds"][name] = dict(mean=mean, half_width=half, first_minus_this=difference) | (dict(of_ceiling=mean / ceiling) if ceiling else {})
-        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f}" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else "") + f"; {methods[0]} minus this {difference[0]:+.3f} +- {difference[1]:.3f}", flush=True)
-    every, first = {}, {}
+        difference, wide = interval(lds(first[0], kept, losses) - r, np.random.default_rng(0))
+        x = dict(mean=mean, half_width=half, both=both(half, lambda m: lds(scores, kept[m], losses[m])), first_minus_this=[difference, wide],
+                 first_minus_this_both=both(wide, lambda m: lds(first[0], kept[m], losses[m]) - lds(scores, kept[m], losses[m])))
+        result["lds"][name] = x | (dict(of_ceiling=mean / ceiling) if ceiling else {})
+        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f} (both {x['both']:.3f})" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else "")
+              + f"; {methods[0]} minus this {difference:+.3f} +- {wide:.3f} (both {x['first_minus_this_both']:.3f})", flush=True)
+    every, first, tokens = {}, [], np.diff([*run.doc_start, len(run.tokens)])
     for method in methods:
         every[method], result["cost"][method] = ask(whole, run, method, starts, work / "scores" / f"{method}.npz")
         del result["cost"][method]["key"]
         tell(method, every[method])
+        tell(f"{method}, by source", by_source(every[method], run.doc_source, tokens))
     if {"block", "ekfac"} <= every.keys():
         tell("block + ekfac", sum(every[n] / every[n].std(1, keepdims=True) for n in ("block", "ekfac")))
     if not (whole / "attribution/meta.json").exists():
@@ -152,6 +205,16 @@ def main(argv):
     index = attribute.Index(whole, "cpu")
     L, eye, b = torch.from_numpy(np.array(index.factors)), torch.eye(index.meta["n_embd"]), vectors(run, idx, targets)
     tell("no Hessian", index.scan_all(index.stored(b), "document"))
+    if cfg.full:
+        x, residual, steps = full(index, b, cfg)
+        print(f"the joint Hessian of {cfg.full} windows: {steps} iterations, residual {residual:.3f}", flush=True)
+        tell("full", index.scan_all(index.stored(x), "document"))
+    if cfg.ensemble:
+        more = [every[methods[0]]]
+        for n in range(cfg.ensemble):
+            out = model_of(cfg, work / f"all-{n}", source, cfg.seed + 2000 + n)
+            more.append(ask(out, attribute.Run(out, "cpu"), methods[0], starts, work / "scores" / f"{methods[0]}-{n}.npz")[0])
+        tell(f"{methods[0]}, {len(more)} models", sum(x / x.std(1, keepdims=True) for x in more))
     H = L @ L.mT - index.meta["mu"] * eye
     mean = H.diagonal(dim1=1, dim2=2).mean(1)
     result["median_mean_eigenvalue"] = size = mean[mean > 0].median().item()
@@ -162,7 +225,7 @@ def main(argv):
         tell(f"joined, share {share:g}", index.scan_all(index.stored(joined(index, b)), "document"))
 
     # -- removal
-    base, tokens = query_losses(whole, idx, targets), np.diff([*run.doc_start, len(run.tokens)])
+    base = query_losses(whole, idx, targets)
     chosen = np.random.default_rng(cfg.seed + 2).permutation(len(starts))[:cfg.removals]
     added, gone = {}, {}
     for q in chosen.tolist():

@@ -113,14 +113,14 @@ def test_lds(made, tmp_path, monkeypatch, capsys):
     import lds
     trains_here(monkeypatch, lds)
     dataset = json.loads((made / "config.json").read_text())["dataset"]
-    words = (f"--dataset={dataset}", "--models=3", "--again=3", "--queries=6", "--mus=0.01,0.1", "--methods=block,cosine", "--removals=2", "--removed=cosine", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
+    words = (f"--dataset={dataset}", "--models=3", "--again=3", "--queries=6", "--mus=0.01,0.1", "--methods=block,cosine", "--removals=2", "--removed=cosine", "--full=9", "--ensemble=1", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
              "--train=--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=30 --batch_size=4 --total_batch_tokens=64 --eval_interval=30 --device=cpu")
     lds.main(words)
     last = capsys.readouterr().out.splitlines()[-1]
     result = json.loads((tmp_path / "l.json").read_text())
-    assert list(result["lds"]) == ["block", "cosine", "no Hessian", "block, share 0.01", "joined, share 0.01", "block, share 0.1", "joined, share 0.1"]
+    assert list(result["lds"]) == ["block", "block, by source", "cosine", "cosine, by source", "no Hessian", "full", "block, 2 models", "block, share 0.01", "joined, share 0.01", "block, share 0.1", "joined, share 0.1"]
     assert all(-1 <= x["mean"] <= 1 for x in result["lds"].values()) and "3 models, 6 queries; without the best by cosine" in last
-    assert result["lds"]["block"] == result["lds"]["block, share 0.1"] and -1 <= result["seeds"]["mean"] <= 1
+    assert result["lds"]["block"] == result["lds"]["block, share 0.1"] and all(x["both"] >= x["half_width"] for x in result["lds"].values()) and -1 <= result["seeds"]["mean"] <= 1
     assert result["ceiling"] == pytest.approx(max(0, result["seeds"]["mean"]) ** 0.5)
     (folder,) = tmp_path.glob("w/*-2")  # the seed of the first half
     half = json.loads((folder / "data/docs.json").read_text())
@@ -249,6 +249,72 @@ def test_lds_of_scores_that_are_right_is_one():
     rng = np.random.default_rng(0)
     scores, kept = rng.standard_normal((5, 40)), rng.random((12, 40)) < 0.5
     assert lds.lds(scores, kept, -(kept @ scores.T)) == pytest.approx(np.ones(5)) and lds.lds(scores, kept, kept @ scores.T) == pytest.approx(-np.ones(5))
+
+
+def test_scores_by_source_and_the_jackknife():
+    import lds
+    scores, source, tokens = np.array([[1.0, 2, 3, 4], [0, 1, 0, -1]]), np.array([0, 1, 0, 1]), np.array([10, 5, 30, 15])
+    assert lds.by_source(scores, source, tokens) == pytest.approx(np.array([[1, 1.5, 3, 4.5], [0, 0, 0, 0]]))
+    x = np.array([0.1, 0.5, 0.2, 0.9])
+    assert lds.jackknife(lambda m: x[m], 4) == pytest.approx(1.96 * x.std(ddof=1) / 2)  # of a mean: its standard error
+
+
+def test_the_joint_hessian_of_lds_is_that_of_its_windows(made):
+    import lds
+    index = lds.attribute.Index(made, "cpu")
+    run, n = index.run, 40
+    b = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    x, residual, _ = lds.full(index, b, lds.LDSConfig(full=n, seed=3))
+    starts = lds.attribute.sampled(lds.attribute.seen_windows(run.ckpt, len(run.tokens)), 3, n)[0]
+    P, W = run.model.prototypes.double(), run.model.transformer.wte.weight.double()
+    ids, gates, _, _, _, _ = lds.attribute.records(run.model, *run.windows(starts))
+    a = torch.zeros(len(ids), 12, dtype=torch.double).scatter_(1, ids, gates.double())
+    held = run.model.hidden(run.windows(starts)[0]).flatten(0, 1).double() - a @ P             # gates and residuals are held fixed
+    H = torch.autograd.functional.hessian(lambda p: (held + a @ p.view(12, 16)).matmul(W.T).logsumexp(-1).sum(), P.flatten())
+    H = H * index.meta["windows"] * index.meta["window_weight"] / n + index.meta["mu"] * torch.eye(192)
+    want = torch.linalg.solve(H, b.double().flatten(1).T).T.view(2, 12, 16)
+    assert residual < 0.01 and (x - want).norm() < 0.05 * want.norm()
+
+
+def test_a_retrofitted_model_beside_its_dense_twin(made, tmp_path, monkeypatch, capsys):
+    import lds
+    import retrofit
+    trains_here(monkeypatch, retrofit)
+    trains_here(monkeypatch, lds)
+    words = [f"--out_dir={made}", f"--dense={tmp_path}/dense", "--recipes=--max_iters=20;--max_iters=40 --learning_rate=0.001", "--train=--eval_interval=20", "--behavior=h", "--prompts=6",
+             "--suppress=--mode=zero --price=1000 --max_new_tokens=20 --steps=20 --tokens=1500", f"--work={tmp_path}/w", f"--out={tmp_path}/r.json"]
+    retrofit.main(words)
+    last, result = capsys.readouterr().out.splitlines()[-1], json.loads((tmp_path / "r.json").read_text())
+    assert len(result["sides"]) == 6 and result["sides"]["dense"]["against_dense"] == 0 and result["suppression"].keys() == {"PRISM from scratch", "retrofitted"}
+    best = min(x["val_ce"] for n, x in result["sides"].items() if n.startswith("retrofitted"))
+    assert last.startswith(f"retrofitted {best:.4f} against from scratch {result['sides']['PRISM from scratch']['val_ce']:.4f}")
+    assert lds.load_checkpoint(tmp_path / "w/dense-1")[0].config.n_proto == 0 < lds.load_checkpoint(tmp_path / "w/retrofitted-1")[0].config.n_proto
+    cfg = lds.LDSConfig(train="--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=10 --batch_size=4 --total_batch_tokens=64 --eval_interval=5 --device=cpu",
+                        retrofit="--max_iters=5")
+    run = lds.model_of(cfg, tmp_path / "x/run", json.loads((made / "config.json").read_text())["dataset"], 4)
+    content = lds.load_checkpoint(run)[1]
+    assert content["config"]["n_proto"] == 12 and content["train_config"]["init_from"] == str(tmp_path / "x/run-dense") and content["before"] > 0
+    with pytest.raises(retrofit.UserError, match="at least one recipe"):
+        retrofit.main([*words, "--recipes=;"])
+
+
+def test_passages_hold_the_text(tmp_path, capsys):
+    import passages
+    text = "".join(f"line {n} of a text\n" for n in range(300))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("short, without a last line end")
+    passages.main([f"--folder={tmp_path}", "--length=500", "--most=2000", f"--out={tmp_path}/p.jsonl"])
+    rows = [json.loads(x) for x in (tmp_path / "p.jsonl").read_text().splitlines()]
+    mine = [x["text"] for x in rows if x["source"] == "a"]
+    assert text.startswith("".join(mine)) and 2000 <= sum(map(len, mine)) < 2600 and all(500 <= len(x) < 530 and x.endswith("\n") for x in mine)
+    assert rows[-1] == {"text": "short, without a last line end", "title": "b.txt#1", "source": "b"} and capsys.readouterr().out.endswith(f"{len(rows)} passages of 2 files\n")
+    for wrong, message in ((f"--folder={tmp_path}/none", "no .txt file there"), ("--length=0", "length is 0")):
+        with pytest.raises(passages.UserError, match=message):
+            passages.main([f"--folder={tmp_path}", wrong, f"--out={tmp_path}/q.jsonl"])
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    with pytest.raises(passages.UserError, match="c.txt: .*convert it to UTF-8"):
+        passages.main([f"--folder={tmp_path}", f"--out={tmp_path}/q.jsonl"])
+    assert not (tmp_path / "q.jsonl").exists()
 
 
 def test_what_attribution_costs_and_what_less_of_it_loses(made, tmp_path):
