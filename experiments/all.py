@@ -32,6 +32,8 @@ class AllConfig:
 
 
 # name, packages, options of the quick version; Q stands for out-quick, RUN for a tiny run there
+LDS = {"lds": "pydoc", "lds-books": "books", "lds-retrofit": "pydoc, prototypes attached to dense models"}  # results of lds.py
+
 SCRIPTS = (
     ("quality", (), f"--seeds=1 --results=Q/quality.json --options={TINY.replace(' ', '~')}"),
     ("throughput", (), "--quick --results=Q/throughput.json"),
@@ -43,6 +45,8 @@ SCRIPTS = (
     ("attribution_speed", (), "--out_dir=RUN --quick --out=Q/attribution_speed.json"),
     ("attribution_small", (), "--out_dir=RUN --settings=--rank=16 --queries=8 --out=Q/attribution_small.json"),
     ("lds", ("kronfluence",), f"--dataset=pydoc --models=3 --again=3 --queries=8 --removals=1 --removed=block --mus=0.1 --work=Q/lds --out=Q/lds.json --train={TINY.replace(' ', '~')}"),
+    ("retrofit", (), f"--out_dir=RUN --dense=Q/dense1 --work=Q/retrofit --out=Q/retrofit.json --recipes=--max_iters=20 --train={TINY.replace(' ', '~')} --behavior=the --prompts=8 "
+                     "--suppress=--mode=zero~--price=1000~--max_new_tokens=20~--steps=20~--tokens=4096"),
     ("ekfac", ("kronfluence",), "--out_dir=RUN --queries=2 --work=Q/ekfac --out=Q/ekfac.json"),
     ("curvature", (), f"--out_dir=RUN --loose=Q/loose --tokens=4096 --probes=2 --out=Q/curvature.json --train={TINY.replace(' ', '~')}~--lambda_t2p=0~--lambda_p2t=0"),
     ("twin", (), f"--sizes=48,96 --items=20 --work=Q/twin --out=Q/twin.json --options={TINY.split(' ', 2)[2].replace(' ', '~')}"),
@@ -97,7 +101,8 @@ def claims(r):
     yield ("full joint Hessian against real refits of the head", "none", "r > 0.99", *of("refit", lambda x: (f"r {x['pearson']['full']:.3f}", x["pearson"]["full"] > 0.99)))
     yield ("exact blocks against real refits", "none", "r 0.9", *of("refit", lambda x: (f"r {x['pearson']['block']:.3f}, joined {x['pearson']['joined']:.3f}", x["pearson"]["block"] >= 0.9)))
     yield ("a query against EK-FAC", "470 to 500 times", "500 times", *of("ekfac", lambda x: (f"{x['ratio']['query']:,.0f} times at {1 / x['ratio']['memory']:.2f} of the memory", x["ratio"]["query"] >= 500 and x["ratio"]["memory"] >= 1)))
-    yield ("LDS against EK-FAC", "none", "at or above", *of("lds", lambda x: (f"{x['lds']['block']['mean']:.3f} against {x['lds']['ekfac']['mean']:.3f}", x["lds"]["block"]["mean"] >= x["lds"]["ekfac"]["mean"])))
+    for name, corpus in LDS.items():
+        yield (f"LDS against EK-FAC, {corpus}", "none", "at or above", *of(name, lambda x: (f"{x['lds']['block']['mean']:.3f} against {x['lds']['ekfac']['mean']:.3f}", x["lds"]["block"]["mean"] >= x["lds"]["ekfac"]["mean"])))
     yield ("curvature within blocks, squared norm", "close to block diagonal", "above random prototypes", *of("curvature", lambda x: (
         ", ".join(f"{v['within_squared']:.3f} {n}" for n, v in x["heads"].items()), x["heads"]["PRISM"]["within_squared"] > x["heads"]["random prototypes"]["within_squared"])))
     yield ("neighbourhoods purer than random directions'", "cards", "next token", *of("grounding", lambda x: (
@@ -126,15 +131,22 @@ def tables(r):
         yield "Throughput on the CPU", "throughput.py", table(("side", "tokens/s", "against dense", "peak MB"), ((n, f"{v['tokens_per_s']:,.0f}", f"{v['against_dense']:.3f}", f"{v['peak_mb']:.0f}") for n, v in x["sides"].items()))
     if x := r.get("refit"):
         yield "Predicted influence against real refits of the head", "refit.py", table(("method", "Pearson r"), ((n, f"{v:.3f}") for n, v in x["pearson"].items()))
-    if x := r.get("lds"):
-        rows = [(n, f"{v['mean']:.3f} +- {v['half_width']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "",
-                 f"{v['first_minus_this'][0]:+.3f} +- {v['first_minus_this'][1]:.3f}" if "first_minus_this" in v else "") for n, v in x["lds"].items()]
-        text = table(("method", "LDS", "of the ceiling", "first minus this"), rows)
+    for name, corpus in LDS.items():
+        if not (x := r.get(name)):
+            continue
+        rows = [(n, f"{v['mean']:.3f} +- {v['half_width']:.3f}", f"{v['both']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "",
+                 f"{v['first_minus_this'][0]:+.3f} +- {v['first_minus_this'][1]:.3f}", f"{v['first_minus_this_both']:.3f}") for n, v in x["lds"].items()]
+        text = table(("method", "LDS, over queries", "+- over halves too", "of the ceiling", "first minus this", "+- over halves too"), rows)
         if x.get("ceiling"):
             text += f"\n\nThe same half with two seeds correlates {x['seeds']['mean']:.3f} +- {x['seeds']['half_width']:.3f}; its root, {x['ceiling']:.3f}, is the ceiling. {x['documents']} documents."
         if v := x.get("removal"):
             text += f"\n\nWithout the best documents of a query, up to {x['options']['share']:.0%} of the tokens, mean rise of its loss over {len(v['queries'])} queries: " + ", ".join(f"{n} {sum(u) / len(u):+.4f}" for n, u in v["added"].items()) + "."
-        yield "Real retraining", "lds.py", text
+        yield f"Real retraining, {corpus}: {x['options']['models']} models on halves, {x['queries']} queries", "lds.py", text
+    if x := r.get("retrofit"):
+        yield "Prototypes attached afterwards", "retrofit.py", table(("model", "loss", "against dense", "without the residual", "residual's share", "live"), (
+            (n, f"{v['val_ce']:.4f}", f"{v['against_dense']:+.2%}", *((f"{v['val_ce_prototypes']:.4f}", f"{v['residual_share']:.3f}", f"{v['live']:.0f}") if "live" in v else ("", "", ""))) for n, v in x["sides"].items())) + "".join(
+            f"\n\n`{v['behavior']}`, {n}: {rate(v, 'before'):.2f} to {rate(v, 'gains'):.2f} per 1,000 tokens ({-cut(v):+.0%}; controls {', '.join(f'{rate(v, c):.2f}' for c in v['sides'] if c.startswith('control'))}) for "
+            f"{spread(v['sides']['gains']['loss_percent'], unit='%')} of loss." for n, v in x.get("suppression", {}).items())
     if x := r.get("ekfac"):
         yield "Cost of a query, and agreement with exact blocks", "ekfac.py", table(("method", "once, s", "a query, ms", "peak MB", "disk MB", "top 10", "top 100", "Spearman"), (
             (n, "" if v["once_s"] is None else f"{v['once_s']:.1f}", f"{1000 * v['query_s']:.1f}", f"{v['peak_bytes'] / 1e6:,.0f}", f"{v['disk'] / 1e6:,.0f}", *(f"{v[k]:.2f}" if k in v else "" for k in ("top_10", "top_100", "spearman"))) for n, v in x["methods"].items()))
