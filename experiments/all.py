@@ -122,6 +122,9 @@ def tables(r):
     if x := r.get("quality"):
         yield "Loss against the dense twin", "quality.py", table(("corpus", "seeds", "loss", "without the residual", "live prototypes"), (
             (n, v["seeds"], f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['live']:.0f}") for n, v in x["against dense"].items()))
+        for dataset, rows in x.get("grid", {}).items():
+            yield f"Loss weights, k and M, {dataset}", "quality.py --grid=true", table(("options", "loss", "without the residual", "residual's share", "live"), (
+                (f"`{n}`", f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['residual_share']:.3f}", f"{v['live']:.0f}") for n, v in sorted(rows.items(), key=lambda u: u[1]["loss"]))) + "\n\nOne seed each.\n\n![Pareto curve](results/quality-grid.png)"
     if (x := r.get("twin")) and "power_law" in x:
         law = "; ".join(f"{n} N^-{v['b']:.3f}" + (f" [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" if v["interval"] else "") for n, v in x["power_law"].items())
         yield "The dense twin over size", "twin.py", table(("size", "weights", "loss, dense", "loss, PRISM", "", "accuracy, dense", "accuracy, PRISM"), (

@@ -2,7 +2,7 @@
 
     python experiments/quality.py                               3 seeds, pydoc
     python experiments/quality.py --datasets=pydoc,books        also your own dataset named books
-    python experiments/quality.py --grid=true                   loss weights, k and M at one seed
+    python experiments/quality.py --grid=true                   loss weights, k and M at one seed; the picture is their Pareto curve
 
 Each finished run is written to experiments/results/quality.json at once; a run that is there is not repeated. Runs use one
 thread each, as many at a time as there are cores. The last line: the default preset's validation loss against the mean of
@@ -20,6 +20,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,7 +60,7 @@ def main(argv):
     path = Path(cfg.results)
     results = json.loads(path.read_text()) if path.exists() else {"machine": "", "runs": {}, "against dense": {}}
     results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread a run"
-    todo = []
+    todo, one = [], Lock()
     for dataset in cfg.datasets.split(","):
         for seed in range(1, 2 if cfg.grid else cfg.seeds + 1):
             for options in ["", "--n_proto=0", *GRID] if cfg.grid else ["", "--n_proto=0"]:
@@ -74,9 +75,10 @@ def main(argv):
         key = key_of(job)
         if key not in results["runs"]:
             row = train(*job)
-            results["runs"][key] = row
-            with atomic(path, "w") as f:
-                json.dump(results, f, indent=1)
+            with one:
+                results["runs"][key] = row
+                with atomic(path, "w") as f:
+                    json.dump(results, f, indent=1)
             print(f"{key:<60} val_ce {row['val_ce']:.4f}", flush=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -96,13 +98,42 @@ def main(argv):
             head = f"{mean('val_ce_prototypes'):.3f} | {mean('val_ce_prototypes') / dense - 1:+.2%} | {mean('residual_share'):.3f} | " \
                    f"{min(r['live'] for r in group):.0f}" if "val_ce_prototypes" in group[0] else "| | |"
             print(f"| {options or 'default'} | {mean('val_ce'):.3f}{spread} | {mean('val_ce') / dense - 1:+.2%} | {head} |")
+            if cfg.grid and "val_ce_prototypes" in group[0]:
+                results.setdefault("grid", {}).setdefault(Path(dataset).name, {})[options.removesuffix(cfg.options).strip() or "default"] = dict(
+                    loss=mean("val_ce") / dense - 1, without_residual=mean("val_ce_prototypes") / dense - 1, residual_share=mean("residual_share"), live=min(r["live"] for r in group))
             if options == cfg.options.strip():
                 default.append(dict(dataset=Path(dataset).name, loss=mean("val_ce") / dense - 1, without_residual=mean("val_ce_prototypes") / dense - 1,
                                     live=min(r["live"] for r in group), seeds=len(group)))
     results["against dense"] |= {} if cfg.grid else {d["dataset"]: d for d in default}
     with atomic(path, "w") as f:
         json.dump(results, f, indent=1)
+    if cfg.grid:
+        picture(results["grid"], path.with_name("quality-grid.png"))
     print("PRISM against dense: " + "; ".join(f"{d['dataset']} {d['loss']:+.2%}, without residual {d['without_residual']:+.2%}, live {d['live']:.0f}" for d in default))
+
+
+def pareto(points):
+    """points {name: (x, y)} -> names that no other point beats in both, by x."""
+    return sorted((n for n, p in points.items() if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points.values())), key=lambda n: points[n])
+
+
+def picture(grid, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, len(grid), figsize=(8 * len(grid), 5.5), layout="constrained", squeeze=False)
+    for ax, (dataset, rows) in zip(axes[0], grid.items()):
+        points = {n: (100 * v["loss"], 100 * v["without_residual"]) for n, v in rows.items()}
+        ax.scatter(*zip(*points.values()), color="#0072B2")
+        ax.plot(*zip(*(points[n] for n in pareto(points))), color="#E69F00", label="Pareto curve")
+        for n, (x, y) in points.items():
+            ax.annotate(n.replace("--", ""), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8)
+        ax.margins(x=0.15)
+        ax.set(xlabel="validation loss against the dense twin, %", ylabel="loss without the residual against the dense twin, %", title=dataset)
+        ax.legend()
+    with atomic(path) as f:
+        fig.savefig(f, dpi=110, format="png")
+    plt.close(fig)
 
 
 if __name__ == "__main__":

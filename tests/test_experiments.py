@@ -54,6 +54,23 @@ def test_quality(dataset, tmp_path):
     assert again[-1] == lines[-1] and len(again) < len(lines)
 
 
+def test_quality_grid_and_its_pareto_curve(dataset, tmp_path, monkeypatch):
+    import quality
+    assert quality.pareto({"a": (1, 5), "b": (2, 2), "c": (3, 3), "d": (4, 1), "e": (1, 6)}) == ["a", "b", "d"]
+    rows = {"": (4.04, 4.4), "--n_proto=0": (4.0, None), "--top_k=8": (4.02, 4.5), "--lambda_rec=1": (4.2, 4.3)}
+
+    def train(dataset, seed, options):
+        ce, without = rows[options.removesuffix("--max_iters=7").strip()]
+        return dict(val_ce=ce) | ({} if without is None else dict(val_ce_prototypes=without, residual_share=0.1, live=9))
+    monkeypatch.setattr(quality, "train", train)
+    monkeypatch.setattr(quality, "GRID", ["--top_k=8", "--lambda_rec=1"])
+    quality.main(["--grid=true", f"--datasets={dataset}", "--options=--max_iters=7", f"--results={tmp_path}/q.json"])
+    result = json.loads((tmp_path / "q.json").read_text())
+    assert {n: (v["loss"], v["without_residual"]) for n, v in result["grid"]["tiny"].items()} == {
+        "default": pytest.approx((0.01, 0.1)), "--top_k=8": pytest.approx((0.005, 0.125)), "--lambda_rec=1": pytest.approx((0.05, 0.075))}
+    assert result["against dense"] == {} and (tmp_path / "quality-grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
 def test_picture(dataset, tmp_path):
     from test_prism import save_run
     import torch
