@@ -1,6 +1,6 @@
-"""Runs the experiments and writes RESULTS.md from what they measured.
+"""Runs the experiments and writes RESULTS.md, and the claims in README.md, from what they measured.
 
-    python experiments/all.py --tables       RESULTS.md alone, from experiments/results/*.json
+    python experiments/all.py --tables       RESULTS.md and the claims of README.md alone, from experiments/results/*.json
     python experiments/all.py --quick        a small version of everything, as a check that nothing has rotted; under 15 minutes on 2 cores;
                                              its runs and results go to out-quick/
     python experiments/all.py                everything: many hours on 2 cores. Each script keeps what is done and goes on where it stopped
@@ -14,13 +14,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import correlation, mean, median, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import ROOT, kept  # noqa: E402
 
 from prism import UserError, atomic, parse_config, run_main  # noqa: E402
 
-RESULTS = ROOT / "experiments/results"
+RESULTS, README = ROOT / "experiments/results", ROOT / "README.md"
+BEGIN, END = "<!-- claims, written by experiments/all.py --tables -->", "<!-- end of claims -->"
 TINY = "--n_head=2 --n_embd=32 --n_layer=1 --block_size=64 --n_proto=64 --top_k=4 --max_iters=60 --eval_interval=60 --batch_size=8 --total_batch_tokens=512 --device=cpu"
 
 
@@ -58,6 +60,10 @@ SCRIPTS = (
 
 def table(head, rows):
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(str(c).replace("|", "\\|") for c in row) + " |" for row in rows)])
+
+
+def about(x, digits=3):
+    return f"{mean(x):.{digits}f}" + (f" +- {stdev(x):.{digits}f}" if len(x) > 1 else "")
 
 
 def spread(x, digits=2, unit=""):
@@ -101,13 +107,14 @@ def claims(r):
     yield ("full joint Hessian against real refits of the head", "none", "r > 0.99", *of("refit", lambda x: (f"r {x['pearson']['full']:.3f}", x["pearson"]["full"] > 0.99)))
     yield ("exact blocks against real refits", "none", "r 0.9", *of("refit", lambda x: (f"r {x['pearson']['block']:.3f}, joined {x['pearson']['joined']:.3f}", x["pearson"]["block"] >= 0.9)))
     yield ("a query against EK-FAC", "470 to 500 times", "500 times", *of("ekfac", lambda x: (f"{x['ratio']['query']:,.0f} times at {1 / x['ratio']['memory']:.2f} of the memory", x["ratio"]["query"] >= 500 and x["ratio"]["memory"] >= 1)))
-    for name, corpus in LDS.items():
+    for name, corpus in list(LDS.items())[:2]:
         yield (f"LDS against EK-FAC, {corpus}", "none", "at or above", *of(name, lambda x: (f"{x['lds']['block']['mean']:.3f} against {x['lds']['ekfac']['mean']:.3f}", x["lds"]["block"]["mean"] >= x["lds"]["ekfac"]["mean"])))
     yield ("curvature within blocks, squared norm", "close to block diagonal", "above random prototypes", *of("curvature", lambda x: (
         ", ".join(f"{v['within_squared']:.3f} {n}" for n, v in x["heads"].items()), x["heads"]["PRISM"]["within_squared"] > x["heads"]["random prototypes"]["within_squared"])))
     yield ("neighbourhoods purer than random directions'", "cards", "next token", *of("grounding", lambda x: (
         f"{x['sets']['prototypes']['next token']:.3f} against {x['sets']['random directions']['next token']:.3f}, k-means {x['sets']['k-means of the dense twin']['next token']:.3f}",
         x["sets"]["prototypes"]["next token"] > x["sets"]["random directions"]["next token"])))
+    yield ("prototypes attached to a trained dense model and trained on, against from scratch", "none", "within 1%", *of("retrofit", lambda x: (f"{x['against_scratch']:+.2%}", x["against_scratch"] < 0.01)))
     every = suppressions(r)
     good = [n for n, x in every.items() if cut(x) >= 0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5]
     yield ("behaviors turned down by 90% for less than 0.5% of loss", "without measurable loss", "6 of 6", f"{len(good)} of {len(every)}" + (f" ({', '.join(good)})" if good else "") if every else "not measured", len(good) == 6 if every else None)
@@ -120,8 +127,12 @@ def claims(r):
 def tables(r):
     """Yields (title, command, text) of every table whose result is there."""
     if x := r.get("quality"):
-        yield "Loss against the dense twin", "quality.py", table(("corpus", "seeds", "loss", "without the residual", "live prototypes"), (
-            (n, v["seeds"], f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['live']:.0f}") for n, v in x["against dense"].items()))
+        rows = []
+        for n, v in x["against dense"].items():
+            dense, ours = ([y for key, y in x["runs"].items() if key.startswith(f"{n} seed ") and f" {o} #" in key] for o in ("--n_proto=0", "default"))
+            rows.append((n, v["seeds"], about([y["val_ce"] for y in dense]), about([y["val_ce"] for y in ours]), f"{v['loss']:+.2%}", about([y["val_ce_prototypes"] for y in ours]), f"{v['without_residual']:+.2%}",
+                         f"{mean([y['residual_share'] for y in ours]):.3f}", f"{v['live']:.0f}"))
+        yield "Loss against the dense twin", "quality.py", table(("corpus", "seeds", "dense twin", "PRISM", "against dense", "without the residual", "against dense", "residual's share", "live prototypes"), rows)
         for dataset, rows in x.get("grid", {}).items():
             yield f"Loss weights, k and M, {dataset}", "quality.py --grid=true", table(("options", "loss", "without the residual", "residual's share", "live"), (
                 (f"`{n}`", f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['residual_share']:.3f}", f"{v['live']:.0f}") for n, v in sorted(rows.items(), key=lambda u: u[1]["loss"]))) + "\n\nOne seed each.\n\n![Pareto curve](results/quality-grid.png)"
@@ -131,9 +142,13 @@ def tables(r):
             (n, f"{v['dense']['weights']:,}", f"{v['dense']['val_ce']:.4f}", f"{v['PRISM']['val_ce']:.4f}", f"{v['PRISM']['val_ce'] / v['dense']['val_ce'] - 1:+.2%}",
              *(f"{v[k]['accuracy']:.1%}" for k in ("dense", "PRISM"))) for n, v in x["sizes"].items())) + f"\n\nLoss over weights N, with 95% intervals of the exponent: {law}.\n\n![loss over size](results/twin.png)"
     if x := r.get("throughput-cpu"):
-        yield "Throughput on the CPU", "throughput.py", table(("side", "tokens/s", "against dense", "peak MB"), ((n, f"{v['tokens_per_s']:,.0f}", f"{v['against_dense']:.3f}", f"{v['peak_mb']:.0f}") for n, v in x["sides"].items()))
+        yield "Throughput on the CPU", "throughput.py", table(("side", "tokens/s", "against dense", "peak MB", "training ce at the end"), (
+            *((n, f"{v['tokens_per_s']:,.0f}", f"{v['against_dense']:.3f}", f"{v['peak_mb']:.0f}", f"{v['ce']:.4f}") for n, v in x["sides"].items()), ("PRISM at 130M on a GPU", *["not measured"] * 4))) + (
+            "\n\nSides interleaved, medians. Ratios within a round: " + ", ".join(f"{n} {v:.2f}" for n, v in x["ratios"].items()) + ".")
     if x := r.get("refit"):
-        yield "Predicted influence against real refits of the head", "refit.py", table(("method", "Pearson r"), ((n, f"{v:.3f}") for n, v in x["pearson"].items()))
+        yield "Predicted influence against real refits of the head", "refit.py", table(("method", "Pearson r over all pairs", "of the median document"), (
+            (n, f"{v:.3f}", f"{median(correlation(u['real'], u[n]) for u in x['documents'].values()):.3f}") for n, v in x["pearson"].items())) + (
+            f"\n\n{len(x['documents'])} documents, {x['options']['queries']} held-out tokens, {x['options']['tokens']:,} training tokens; {x['off_diagonal_share']:.0%} of the squared norm of that head's curvature lies off the diagonal blocks.")
     for name, corpus in LDS.items():
         if not (x := r.get(name)):
             continue
@@ -173,7 +188,7 @@ def tables(r):
             ("index, forward passes over the corpus", f"{x['index']['ratio']:.2f}", "2.5"), ("share of the bandwidth, posting lists", f"{b['postings_share']:.2f}", "0.5"), ("documents of a query, ms", f"{b['document_ms']:.1f}", ""),
             ("64 queries together against one by one, documents", f"{x['batch']['document']['ratio']:.1f}", "8"), ("the same, tokens", f"{x['batch']['token']['ratio']:.1f}", "8")))
     if x := r.get("resume-1"):
-        yield "Killed and resumed", "resume.py", f"{sum(t['identical'] for t in x['trials'])} of {len(x['trials'])} runs ended with the same weights, bit for bit; {sum(t['during_write'] for t in x['trials'])} of the kills came while a checkpoint was being written."
+        yield "Killed and resumed", "resume.py", f"{sum(t['identical'] for t in x['trials'])} of {len(x['trials'])} runs ended with the same weights, bit for bit; {sum(t['killed'] for t in x['trials'])} of them were killed at a random moment, {sum(t['during_write'] for t in x['trials'])} while a checkpoint was being written."
     if x := r.get("tokenize_1gb"):
         yield "Tokenising", "tokenize_1gb.py", table(("workers", "MB/s"), x["mb_per_second"].items()) + f"\n\n{x['megabytes']:.0f} MB of text; at most {x['peak_rss_mb']} MB of memory."
     if every := suppressions(r):
@@ -190,13 +205,20 @@ def write():
     r = results()
     rows = [(c, paper, goal, ours, {True: "yes", False: "**no**", None: ""}[met]) for c, paper, goal, ours, met in claims(r)]
     text = "# What was measured\n\nWritten by `python experiments/all.py --tables` from the JSON files in results/, which hold every figure with its options and machine.\n\n## Claims\n\n"
-    text += table(("claim", "paper", "goal", "here", "met"), rows) + "\n"
+    told = table(("claim", "paper", "goal", "here", "met"), rows)
+    text += told + "\n\nNot met: " + "; ".join(row[0] for row in rows if row[4] == "**no**") + ". Not measured: " + "; ".join(row[0] for row in rows if not row[4]) + ". NOTES.md tells what else was tried and failed.\n"
     for title, command, body in tables(r):
         text += f"\n## {title}\n\n`python experiments/{command}`\n\n{body}\n"
     with atomic(RESULTS.parent / "RESULTS.md", "w", encoding="utf-8") as f:
         f.write(text)
+    head, begin, rest = README.read_text("utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not end:
+        raise UserError(f"{README} has lost its lines {BEGIN!r} and {END!r}, between which the claims stand; put them back")
+    with atomic(README, "w", encoding="utf-8") as f:
+        f.write(f"{head}{begin}\n{told}\n{end}{tail}")
     failed = [row[0] for row in rows if row[4] == "**no**"]
-    print(f"experiments/RESULTS.md: {sum(row[4] == 'yes' for row in rows)} claims met, {len(failed)} not ({'; '.join(failed)}), {sum(row[4] == '' for row in rows)} not measured")
+    print(f"experiments/RESULTS.md, README.md: {sum(row[4] == 'yes' for row in rows)} claims met, {len(failed)} not ({'; '.join(failed)}), {sum(row[4] == '' for row in rows)} not measured")
 
 
 def made_small(folder):

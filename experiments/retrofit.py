@@ -62,15 +62,16 @@ def main(argv):
         x["against_dense"] = x["val_ce"] / sides["dense"]["val_ce"] - 1
         print(f"{name}: loss {x['val_ce']:.4f} ({x['against_dense']:+.2%} against dense)"
               + (f", without the residual {x['val_ce_prototypes']:.4f}, residual's share {x['residual_share']:.3f}, {x['live']:.0f} live" if "val_ce_prototypes" in x else ""), flush=True)
-    save(cfg.out, result)
     chosen = min(runs, key=runs.get)
+    a, b = sides["PRISM from scratch"]["val_ce"], runs[chosen]
+    result["against_scratch"] = b / a - 1
+    save(cfg.out, result)
     if cfg.behavior:
         for name, out in (("PRISM from scratch", cfg.out_dir), ("retrofitted", chosen)):
             words = [f"--only=retrofit-{name.split()[-1]}", f"--behavior={cfg.behavior}", f"--out_dir={out}", f"--prompts={cfg.prompts}", f"--out={cfg.work}", *shlex.split(cfg.suppress)]
             x = study(parse_config(SuppressionConfig, words), words[0][7:])
             result.setdefault("suppression", {})[name] = {k: x[k] for k in ("behavior", "found", "sides")}
             save(cfg.out, result)
-    a, b = sides["PRISM from scratch"]["val_ce"], runs[chosen]
     told = [f"{n}: {v['sides']['before']['matches_per_1000'][0]:.2f} to {v['sides']['gains']['matches_per_1000'][0]:.2f} per 1,000 tokens at {v['sides']['gains']['loss_percent'][0]:+.2f}%" for n, v in result.get("suppression", {}).items()]
     print(f"retrofitted {b:.4f} against from scratch {a:.4f} ({b / a - 1:+.2%})" + "".join("; " + t for t in told))
 

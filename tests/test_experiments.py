@@ -484,7 +484,9 @@ def test_results_md_says_what_the_json_files_say(tmp_path, monkeypatch, capsys):
     committed = (ROOT / "experiments/RESULTS.md").read_text("utf-8")
     shutil.copytree(every.RESULTS, tmp_path / "results")
     monkeypatch.setattr(every, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(every, "README", Path(shutil.copy(ROOT / "README.md", tmp_path)))
     every.main(["--tables"])
+    assert (tmp_path / "README.md").read_text("utf-8") == (ROOT / "README.md").read_text("utf-8"), "run: python experiments/all.py --tables"
     assert (tmp_path / "RESULTS.md").read_text("utf-8") == committed, "run: python experiments/all.py --tables"
     refit = json.loads((tmp_path / "results/refit.json").read_text())
     refit["pearson"]["full"] = 0.999
@@ -495,6 +497,10 @@ def test_results_md_says_what_the_json_files_say(tmp_path, monkeypatch, capsys):
     assert "| r 0.999 | yes |" in text and "within 1% (pydoc, books) | not measured |" in text
     (tmp_path / "results/refit.json").write_text("{")
     with pytest.raises(every.UserError, match="refit.json is damaged"):
+        every.main(["--tables"])
+    (tmp_path / "results/refit.json").unlink()
+    (tmp_path / "README.md").write_text("no table")
+    with pytest.raises(every.UserError, match="README.md has lost its lines"):
         every.main(["--tables"])
 
 
