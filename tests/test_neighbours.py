@@ -1,6 +1,7 @@
 """The two neighbours, experiments/logit_rank.py and proto_lm.py, in their smallest form."""
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 import logit_rank  # noqa: E402
+import proto_lm  # noqa: E402
 
 
 def plain(network, z):
@@ -120,3 +122,130 @@ def test_logit_rank_in_its_smallest_form(made, tmp_path, capsys, monkeypatch):
     for wrong, message in (("--parts=x", "parts='x'"), ("--ranks=a", "ranks=a"), ("--length=15", "do not fit the context of 16"), ("--histories=99", "lower --histories"), ("--histories=3", "at least 16")):
         with pytest.raises(logit_rank.UserError, match=message):
             logit_rank.main([*words, wrong])
+
+
+# ----------------------------------------------------------------------------- prototype classification
+
+def a_classifier(prototypes=6, seed=0):
+    torch.manual_seed(seed)
+    clf = proto_lm.Classifier(5, 3, prototypes).double()
+    for p in clf.parameters():
+        torch.nn.init.normal_(p)
+    h, mask = torch.randn(4, 7, 5, dtype=torch.double), torch.arange(7)[None] < torch.tensor([7, 3, 1, 5])[:, None]
+    return clf, h, mask
+
+
+def test_prototype_classifier_against_plain_loops():
+    clf, h, mask = a_classifier()
+    logits, s, alpha = clf(h, mask)
+    weights, answer = clf.weights(h, mask)
+    for b in range(4):
+        n = int(mask[b].sum())
+        score = torch.stack([clf.v(torch.tanh(clf.A(h[b, t])))[0] for t in range(n)])
+        a = score.exp() / score.exp().sum()
+        u = sum(a[t] * clf.V(h[b, t]) for t in range(n))
+        want = [torch.dot(u, p) / u.norm() / p.norm() for p in clf.prototypes]
+        assert (s[b] - torch.stack(want)).abs().max() < 1e-12 and (alpha[b, :n] - a).abs().max() < 1e-12 and not alpha[b, n:].any()
+        out = torch.stack([clf.scale * sum(clf.last[c, k] * want[k] for k in range(6)) for c in range(3)])
+        assert (logits[b] - out).abs().max() < 1e-9 and answer[b] == out.argmax()
+        assert weights[b].sum().item() == pytest.approx((out.max() - out.mean()).item()) and not weights[b, n:].any()  # shares add up to the logit
+    cfg, y = proto_lm.ProtoConfig(near=2, own="farthest", lambda0=0.5, lambda1=0.3, lambda2=0.2), torch.tensor([0, 2, 1, 2])
+    pull = sum(sum(sorted(s[b, k].item() for k in range(6) if k % 3 == y[b])[:2]) / 2 for b in range(4)) / 4
+    push = sum(sum(sorted((s[b, k].item() for k in range(6) if k % 3 != y[b]), reverse=True)[:2]) / 2 for b in range(4)) / 4
+    ce = -sum(logits[b].log_softmax(0)[y[b]] for b in range(4)) / 4
+    assert proto_lm.loss_of(clf, h, mask, y, cfg).item() == pytest.approx((0.5 * ce + 0.3 * (1 - pull) + 0.2 * push).item())
+
+
+def test_projection_puts_prototypes_on_texts_of_their_class():
+    clf, h, mask = a_classifier()
+    texts = type("Texts", (), dict(y=torch.tensor([0, 0, 1, 2]), mask=mask))
+    before = clf.prototypes.detach().clone()
+    proto_lm.project(clf, texts, h)
+    u = clf.pool(h, mask)[0]
+    for n, e in enumerate(clf.example.tolist()):
+        assert (clf.prototypes[n] == (u[e] if e >= 0 else before[n])).all() and (e < 0 or texts.y[e] == clf.owner[n])
+    assert sorted(clf.example.tolist()) == [-1, -1, 0, 1, 2, 3]                                # class 0 has two texts, 1 and 2 have one each for two prototypes
+
+
+def test_a_simulator_learns_what_it_can_see():
+    bags = [[n % 2, 2 + n % 5] for n in range(60)]
+    y = torch.tensor([n % 2 for n in range(60)])
+    assert proto_lm.simulated((bags[:40], y[:40]), (bags[40:], y[40:]), 7, 0) == 1
+    assert proto_lm.simulated(([b[1:] for b in bags[:40]], y[:40]), ([b[1:] for b in bags[40:]], y[40:]), 7, 0) < 0.8
+
+
+def test_proto_lm_in_its_smallest_form(made, tmp_path, capsys):
+    rng, words = np.random.default_rng(0), dict(a="the cat sat", b="a dog ran")
+    for name, n in (("train", 40), ("test", 20)):
+        rows = [dict(text=" ".join(rng.permutation((words["ab"[j % 2]] + " on <b>").split())), label="ab"[j % 2]) for j in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    options = [f"--out_dir={made}", f"--train={tmp_path}/train.jsonl", f"--test={tmp_path}/test.jsonl", "--length=16", "--prototypes=4", "--epochs=6", "--tune_epochs=1", "--seeds=2",
+               "--learning_rate=0.02", f"--keep={tmp_path}/keep", f"--out={tmp_path}/p.json"]
+    proto_lm.main(options)
+    result, last = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out.splitlines()[-1]
+    assert result["classes"] == ["a", "b"] and result["texts"] == [40, 20] and result["chance"] == 0.5 and (tmp_path / "p.png").exists()
+    assert min(result["accuracy"]["prototypes, frozen"] + result["accuracy"]["prototypes, unfrozen"]) > 0.8 and len(result["accuracy"]) == 5 and last.startswith("prototypes ") and "2 seeds, 2 classes" in last
+    first = result["faithful"]["prototypes"][0]
+    assert len(first["comprehensiveness"]) == len(first["sufficiency"]) == 4 and result["sweep"]["K"].keys() == {"1", "2", "4"}
+    assert all(0 <= v <= 1 for r in result["simulatability"] for v in r.values())
+    proto_lm.main([f"--keep={tmp_path}/keep", "--explain=the <script> cat sat"])
+    told, text = capsys.readouterr().out, (tmp_path / "keep/page.html").read_text()
+    assert "read as 'a'" in told and "<script" not in text and "&lt;" in text and "Read as a" in text
+    for wrong, message in (("--prototypes=3", "prototypes is 3"), ("--own=far", "nearest or farthest"), ("--near=9", "near 9"), ("--test=", "both --train and --test"), (f"--test={tmp_path}/none", "cannot be read"),
+                           ("--train= ", "cannot be read")):
+        with pytest.raises(proto_lm.UserError, match=message):
+            proto_lm.main([*options, wrong])
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(proto_lm.UserError, match="bad.jsonl:1: found"):
+        proto_lm.main([*options, f"--train={tmp_path}/bad.jsonl"])
+    (tmp_path / "other.jsonl").write_text('{"text": "x", "label": "c"}\n')
+    with pytest.raises(proto_lm.UserError, match="the class 'c' is not in"):
+        proto_lm.main([*options, f"--test={tmp_path}/other.jsonl"])
+    with pytest.raises(proto_lm.UserError, match="one class alone, c"):
+        proto_lm.main([*options, f"--train={tmp_path}/other.jsonl"])
+    with pytest.raises(proto_lm.UserError, match="sources have 20 passages"):
+        proto_lm.main([f"--out_dir={made}"])
+    with pytest.raises(proto_lm.UserError, match="run python experiments/proto_lm.py first"):
+        proto_lm.main([f"--keep={tmp_path}/nothing", "--explain=x"])
+
+
+def test_passages_of_sources_come_from_their_own_split(made, tmp_path):
+    data = Path(shutil.copytree(json.loads((made / "config.json").read_text())["dataset"], tmp_path / "data"))
+    rows = [x for x in json.loads((data / "docs.json").read_text()) if x["split"] == "train"]
+    rows += [dict(split="val", source=f"source <{n}>", title="held out", start=100 * n, length=100) for n in range(2)]
+    (data / "docs.json").write_text(json.dumps(rows))
+    a, ya, b, yb, names = proto_lm.passages(data, proto_lm.ProtoConfig(length=10), np.random.default_rng(0))
+    train, val = (bytes(np.fromfile(data / f"{n}.bin", np.uint16).astype(np.uint8)) for n in ("train", "val"))
+    assert names == ["source <0>", "source <1>"] and len(a) == len(ya) > len(b) == len(yb) == 18
+    owner = {train[at:at + 10]: set() for x in rows if x["split"] == "train" for at in range(x["start"], x["start"] + x["length"] - 10, 10)}
+    for x in rows:
+        for at in range(x["start"], x["start"] + x["length"] - 10, 10) if x["split"] == "train" else ():
+            owner[train[at:at + 10]].add(x["source"])
+    assert all(names[y] in owner[bytes(s.astype(np.uint8))] for s, y in zip(a, ya))
+    assert all(bytes(s.astype(np.uint8)) in val[100 * y:100 * y + 100] for s, y in zip(b, yb))
+
+
+@pytest.mark.parametrize("task,lines,want", [
+    ("sst2", "sentence\tlabel\nit \"works\t1\n", [dict(text='it "works', label="1")]),
+    ("rte", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n", [dict(text="a\nb", label="entailment")]),
+    ("qnli", "index\tquestion\tsentence\tlabel\n0\tq?\ts\tnot_entailment\n", [dict(text="q?\ns", label="not_entailment")]),
+    ("mnli", "sentence1\tsentence2\tgold_label\na\tb\tneutral\na\tb\t-\n", [dict(text="a\nb", label="neutral")]),
+    ("wnli", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\t0\n", [dict(text="a\nb", label="0")]),
+    ("sst5", "(3 (2 It) (4 (3 really) (4 works)))\n", [dict(text="It really works", label="3")])])
+def test_released_files_are_converted(tmp_path, task, lines, want):
+    (tmp_path / "f").write_text(lines)
+    proto_lm.main([f"--convert={task}", f"--files={tmp_path}/f", f"--to={tmp_path}/o.jsonl"])
+    assert proto_lm.labelled(tmp_path / "o.jsonl") == want
+    (tmp_path / "f").write_text("nothing\nof it\n")
+    with pytest.raises(proto_lm.UserError, match="expected"):
+        list(proto_lm.converted(task, tmp_path / "f"))
+
+
+def test_imdb_is_converted(tmp_path):
+    for label in ("pos", "neg"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "0_1.txt").write_text(f"{label}<br />b")
+    assert list(proto_lm.converted("imdb", tmp_path)) == [dict(text="pos\nb", label="pos"), dict(text="neg\nb", label="neg")]
+    for task, message in (("imdb", "expected the folders"), ("sst9", "convert=sst9")):
+        with pytest.raises(proto_lm.UserError, match=message):
+            list(proto_lm.converted(task, tmp_path / "pos"))
