@@ -405,6 +405,7 @@ def main(argv):
         save(cfg.out, result)
     if "c" in cfg.parts:
         result["synthetic"] = synthetic(cfg)
+        result["queries_exponent"] = float(np.polyfit(*np.log([(r["rank"], r["queries"]) for r in result["synthetic"][:-1]]).T, 1)[0]) if "," in cfg.ranks else None
         common = np.bincount(val, minlength=V).argsort()[::-1][:cfg.alphabet].copy()
         result["real"] = real(Ask(model, V), histories[:1], common, cfg)
         told.append(f"recovered to {max(r['error'] for r in result['synthetic']):.0e}; the real model at rank {result['real'][-1]['rank']}: KL {result['real'][-1]['kl']:.3f} of {result['real'][0]['kl']:.3f} nats")

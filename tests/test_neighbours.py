@@ -110,13 +110,14 @@ def test_lingen_finds_a_target_among_its_basis():
 def test_logit_rank_in_its_smallest_form(made, tmp_path, capsys, monkeypatch):
     pytest.importorskip("scipy")
     words = [f"--out_dir={made}", f"--dense={made}", "--histories=16", "--length=4", "--futures=2", "--future=2", "--targets=2", "--basis=4", "--steps=3", "--short=2",
-             "--ranks=2", "--alphabet=2", "--horizon=4", "--learned=1,8", f"--out={tmp_path}/l.json"]
+             "--ranks=2,4", "--alphabet=2", "--horizon=4", "--learned=1,8", f"--out={tmp_path}/l.json"]
     monkeypatch.setattr(logit_rank, "trained", lambda out, *options: out)
     logit_rank.main(words)
     result = json.loads((tmp_path / "l.json").read_text())
     assert result["spectrum"].keys() == {"PRISM", "dense", "untrained"} and (tmp_path / "l.png").exists()
     assert result["spectrum"]["PRISM"]["values"] == result["spectrum"]["dense"]["values"] and result["spectrum"]["PRISM"]["queries"] == 16 * 2 * 2
     best = result["real"][-1]                                                                      # 2 tokens, horizon 4: 8 states at most
+    assert 0 < result["queries_exponent"] < 3
     assert best["kl"] == pytest.approx(0, abs=1e-3) and best["variation"] < 1e-2 and best["queries"] <= 15
     assert capsys.readouterr().out.splitlines()[-1].startswith("alpha ")
     for wrong, message in (("--parts=x", "parts='x'"), ("--ranks=a", "ranks=a"), ("--length=15", "do not fit the context of 16"), ("--histories=99", "lower --histories"), ("--histories=3", "at least 16")):
