@@ -212,13 +212,12 @@ def conjugate_gradients(product, b, precondition, tol=1e-3, max_iters=100, tell=
 
 def seen_windows(ckpt, n_tokens):
     """First tokens, in corpus order, of the last whole epoch that training read before the checkpoint (of all that it
-    read, if that is less than one): the very windows that it saw. Weights that came from a run over the same text
-    (--init_from) had read it before: of them a whole epoch counts, be the run itself shorter."""
+    read, if that is less than one): the very windows that it saw. What the weights had read of the same text when they
+    came (--init_from) counts too, if that was in the same order (seed) or a whole epoch."""
     c = ckpt["train_config"]
     read = ckpt["step"] * c["total_batch_tokens"] // c["block_size"]
     per_epoch = len(window_starts(n_tokens, c["block_size"], c["seed"], 0))
-    all_read = read + ckpt.get("before", 0) // c["block_size"]
-    starts = window_starts(n_tokens, c["block_size"], c["seed"], max(0, read // per_epoch - 1))[:all_read if all_read >= per_epoch else read]
+    starts = window_starts(n_tokens, c["block_size"], c["seed"], max(0, read // per_epoch - 1))[:max(read, ckpt.get("before", 0) // c["block_size"])]
     if not len(starts):
         raise UserError("this checkpoint has seen no training text (step 0); train it first: python train.py --resume")
     return np.sort(starts)

@@ -225,16 +225,17 @@ def write_metrics(out_dir, rows):
 # ----------------------------------------------------------------------------- the model to train
 
 def load_start(cfg):
-    """The weights that cfg.init_from names, whose shape then replaces the options' -> (state dict, its n_proto), and, of a run, what it read:
-    (its train.bin's sha256, tokens)."""
+    """The weights that cfg.init_from names, whose shape then replaces the options' -> (state dict, its n_proto), and what they had read:
+    (sha256 of the train.bin, seed of its order, tokens of it)."""
     path = Path(cfg.init_from) / "ckpt.pt" if Path(cfg.init_from).is_dir() else Path(cfg.init_from)
     content = load_tensors(path) if path.is_file() else cfg.init_from
     if isinstance(content, dict) and "config" in content:
         config, state = content["config"], content["model"]
-        read = content.get("data"), content.get("before", 0) + content.get("step", 0) * content.get("train_config", {}).get("total_batch_tokens", 0)
+        c = content.get("train_config", {})
+        read = content.get("data"), c.get("seed"), max(content.get("before", 0), content.get("step", 0) * c.get("total_batch_tokens", 0))
     else:  # GPT-2's; n_head is n_embd / 64 as in all of its sizes
         model = PRISM.from_pretrained(content, n_proto=0)
-        config, state, read = asdict(model.config), model.state_dict(), (None, 0)
+        config, state, read = asdict(model.config), model.state_dict(), (None, None, 0)
     for name in SHAPE:
         setattr(cfg, name, config[name])
     return (state, config["n_proto"]), read
@@ -280,7 +281,7 @@ def main(argv):
     dtype, compiled, why = choose_precision(cfg, device)
 
     # -- a checkpoint to go on from, or weights to start from
-    last, begin, before = None, None, 0  # before: tokens of this very text that the weights had read when they came
+    last, begin, before = None, None, 0  # before: tokens of this very text, in this order or all of them, that the weights had read when they came
     if (out_dir / "last.pt").exists():
         if not cfg.resume:
             raise UserError(f"{out_dir} already holds a run; go on with --resume, choose another --out_dir, or remove the folder")
@@ -299,8 +300,8 @@ def main(argv):
         if last["data"] != meta["sha256"]["train.bin"]:
             raise UserError(f"{out_dir} was trained on another version of {folder}; choose another --out_dir")
     elif cfg.init_from:
-        begin, (text, read) = load_start(cfg)
-        before = read if text == meta["sha256"]["train.bin"] else 0
+        begin, (text, seed, read) = load_start(cfg)
+        before = read if text == meta["sha256"]["train.bin"] and (seed == cfg.seed or read >= len(train_tokens)) else 0
     start, best = (last["step"], last["best"]) if last else (0, math.inf)
     rows = [r for r in read_metrics(out_dir / "metrics.csv") if r["step"] <= start] if last else []
 

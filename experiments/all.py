@@ -118,7 +118,7 @@ def claims(r):
     yield ("neighbourhoods purer than random directions'", "cards", "next token", *of("grounding", lambda x: (
         f"{x['sets']['prototypes']['next token']:.3f} against {x['sets']['random directions']['next token']:.3f}, k-means {x['sets']['k-means of the dense twin']['next token']:.3f}",
         x["sets"]["prototypes"]["next token"] > x["sets"]["random directions"]["next token"])))
-    yield ("prototypes attached to a trained dense model and trained on, against from scratch", "none", "within 1%", *of("retrofit", lambda x: (f"{x['against_scratch']:+.2%}", x["against_scratch"] < 0.01)))
+    yield ("prototypes attached to a trained dense model, against from scratch at equal further training", "none", "within 1%", *of("retrofit", lambda x: (f"{x['against_scratch']:+.2%}", x["against_scratch"] < 0.01)))
     every = suppressions(r)
     good = [n for n, x in every.items() if cut(x) >= 0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5]
     yield ("behaviors turned down by 90% for less than 0.5% of loss", "without measurable loss", "6 of 6", f"{len(good)} of {len(every)}" + (f" ({', '.join(good)})" if good else "") if every else "not measured", len(good) == 6 if every else None)
@@ -231,6 +231,16 @@ def tables(r):
              spread(v["result"]["temperature"]["points"], 1)) for n, v in sorted(x["runs"].items(), key=lambda u: (u[1]["task"], u[1]["train_seed"]))))
 
 
+def machines(r, command):
+    """Where the results of a script were made."""
+    stem, found = command.split(".py")[0], set()
+    for name, x in r.items():
+        if name.split("-")[0] == stem:
+            m = x.get("machine", "a CPU") if isinstance(x.get("machine", ""), str) else f"{x['machine']['cores']} cores, torch {x['machine']['torch']}"
+            found.add(m if "torch" in m else f"{m}, torch {x['torch']}" if "torch" in x else m)
+    return "; ".join(sorted(found))
+
+
 def write():
     r = results()
     rows = [(c, paper, goal, ours, {True: "yes", False: "**no**", None: ""}[met]) for c, paper, goal, ours, met in claims(r)]
@@ -238,7 +248,7 @@ def write():
     told = table(("claim", "paper", "goal", "here", "met"), rows)
     text += told + "\n\nNot met: " + "; ".join(row[0] for row in rows if row[4] == "**no**") + ". Not measured: " + "; ".join(row[0] for row in rows if not row[4]) + ". NOTES.md tells what else was tried and failed.\n"
     for title, command, body in tables(r):
-        text += f"\n## {title}\n\n`python experiments/{command}`\n\n{body}\n"
+        text += f"\n## {title}\n\n`python experiments/{command}`; {machines(r, command)}\n\n{body}\n"
     with atomic(RESULTS.parent / "RESULTS.md", "w", encoding="utf-8") as f:
         f.write(text)
     head, begin, rest = README.read_text("utf-8").partition(BEGIN)

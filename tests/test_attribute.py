@@ -241,7 +241,7 @@ def test_the_windows_are_those_of_the_last_whole_epoch(made):
     assert attribute.seen_windows(run.ckpt, n).tolist() == sorted(prism.window_starts(n, T, 1337, 2).tolist())
     early = run.ckpt | {"step": 5}
     assert attribute.seen_windows(early, n).tolist() == sorted(prism.window_starts(n, T, 1337, 0)[:5 * 4].tolist())
-    for before, count in ((n // 2, 5 * 4), (n, per_epoch)):  # weights that had read half of the text, or all of it, before this run
+    for before, count in ((64, 5 * 4), (n // 2, n // 2 // T), (n, per_epoch)):  # weights that had read less than this run, half of the text, or all of it
         assert attribute.seen_windows(early | {"before": before}, n).tolist() == sorted(prism.window_starts(n, T, 1337, 0)[:count].tolist())
 
 

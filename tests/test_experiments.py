@@ -302,17 +302,19 @@ def test_a_retrofitted_model_beside_its_dense_twin(made, tmp_path, monkeypatch, 
              "--suppress=--mode=zero --price=1000 --max_new_tokens=20 --steps=20 --tokens=1500", f"--work={tmp_path}/w", f"--out={tmp_path}/r.json"]
     retrofit.main(words)
     last, result = capsys.readouterr().out.splitlines()[-1], json.loads((tmp_path / "r.json").read_text())
-    assert len(result["sides"]) == 6 and result["sides"]["dense"]["against_dense"] == 0 and result["suppression"].keys() == {"PRISM from scratch", "retrofitted"}
-    best = min(x["val_ce"] for n, x in result["sides"].items() if n.startswith("retrofitted"))
-    assert last.startswith(f"retrofitted {best:.4f} against from scratch {result['sides']['PRISM from scratch']['val_ce']:.4f}")
+    assert len(result["sides"]) == 8 and result["sides"]["dense"]["against_dense"] == 0 and result["suppression"].keys() == {"PRISM, trained on", "retrofitted"}
+    best, recipe = min((x["val_ce"], n.split(": ")[1]) for n, x in result["sides"].items() if n.startswith("retrofitted"))
+    same = result["sides"][f"PRISM, trained on: {recipe}"]["val_ce"]
+    assert last.startswith(f"retrofitted {best:.4f} against from scratch with the same further training {same:.4f}") and result["against_scratch"] == pytest.approx(best / same - 1)
     assert lds.load_checkpoint(tmp_path / "w/dense-1")[0].config.n_proto == 0 < lds.load_checkpoint(tmp_path / "w/retrofitted-1")[0].config.n_proto
     cfg = lds.LDSConfig(train="--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=10 --batch_size=4 --total_batch_tokens=64 --eval_interval=5 --device=cpu",
                         retrofit="--max_iters=5")
     run = lds.model_of(cfg, tmp_path / "x/run", json.loads((made / "config.json").read_text())["dataset"], 4)
     content = lds.load_checkpoint(run)[1]
     assert content["config"]["n_proto"] == 12 and content["train_config"]["init_from"] == str(tmp_path / "x/run-dense") and content["before"] > 0
-    with pytest.raises(retrofit.UserError, match="at least one recipe"):
-        retrofit.main([*words, "--recipes=;"])
+    for wrong, message in (("--recipes=;", "at least one recipe"), ("--suppress='", "No closing quotation"), ("--behavior=(", "pattern|parenthesis"), ("--suppress=--guess=1", "guess")):
+        with pytest.raises(retrofit.UserError, match=message):
+            retrofit.main([*words, wrong])
 
 
 def test_passages_hold_the_text(tmp_path, capsys):

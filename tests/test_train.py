@@ -276,6 +276,8 @@ def test_starting_from_other_weights(dataset, tmp_path):
     run(dataset, tmp_path / "c", *more, "--max_iters=10", "--resume")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b")) and same(weights(tmp_path / "a"), weights(tmp_path / "c"))
     assert prism.load_tensors(tmp_path / "c/last.pt")["before"] == last["before"]
+    run(dataset, tmp_path / "seed", *more, "--max_iters=5", "--seed=5")
+    assert prism.load_tensors(tmp_path / "seed/last.pt")["before"] == 0  # part of an epoch in another order
     with pytest.raises(UserError, match="was started with lambda_rec=0.1, now lambda_rec=7.0"):
         run(dataset, tmp_path / "a", *more, "--resume", "--lambda_rec=7")
     dense, retro = (train.read_metrics(tmp_path / n / "metrics.csv") for n in ("dense", "a"))
