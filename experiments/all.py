@@ -9,6 +9,8 @@ A script whose packages (experiments/requirements.txt) are missing is named and 
 beside ours, and says first which claims hold here and which do not; a figure that nobody has measured stays empty.
 """
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -33,10 +35,14 @@ class AllConfig:
     only: str = ""         # names of scripts with commas between, without .py
 
 
-# name, packages, options of the quick version; Q stands for out-quick, RUN for a tiny run there
-LDS = {"lds": "pydoc", "lds-books": "books", "lds-retrofit": "pydoc, prototypes attached to dense models"}  # results of lds.py
-PROTO = {"proto_lm": "pydoc", "proto_lm-books": "books"}
+RETROFIT = '--retrofit="--max_iters=50 --learning_rate=0.001 --warmup_iters=5"'
+LDS = {"lds": ("pydoc", "--again=12 --removals=8 --removed=block,cosine,random --full=192 --ensemble=3"),  # name of a result: corpus, options of lds.py
+       "lds-books": ("books", "--dataset=books512 --again=12 --removals=8 --removed=block,cosine,random --work=out-lds-books --out=experiments/results/lds-books.json"),
+       "lds-retrofit": ("pydoc, prototypes attached to dense models", f"{RETROFIT} --again=0 --removals=0 --methods=block,joined,gradient,cosine --work=out-lds-retrofit --out=experiments/results/lds-retrofit.json")}
+PROTO = {"proto_lm": ("pydoc", ""), "proto_lm-books": ("books", "--dataset=books --out_dir=out-books --out=experiments/results/proto_lm-books.json")}
+WHOLE = {"quality": ("--datasets=pydoc,books", "--grid=true"), "lds": [v[1] for v in LDS.values()], "proto_lm": [v[1] for v in PROTO.values()], "logit_rank": ("--gains=out/gains/examples.json",)}  # options of the whole runs; else none
 
+# name, packages, options of the quick version; Q/ stands for out-quick/, RUN for a tiny run there
 SCRIPTS = (
     ("quality", (), f"--seeds=1 --results=Q/quality.json --options={TINY.replace(' ', '~')}"),
     ("throughput", (), "--quick --results=Q/throughput.json"),
@@ -47,7 +53,7 @@ SCRIPTS = (
     ("refit", (), "--out_dir=RUN --documents=2 --tokens=8192 --queries=32 --out=Q/refit.json"),
     ("attribution_speed", (), "--out_dir=RUN --quick --out=Q/attribution_speed.json"),
     ("attribution_small", (), "--out_dir=RUN --settings=--rank=16 --queries=8 --out=Q/attribution_small.json"),
-    ("lds", ("kronfluence",), f"--dataset=pydoc --models=3 --again=3 --queries=8 --removals=1 --removed=block --mus=0.1 --work=Q/lds --out=Q/lds.json --train={TINY.replace(' ', '~')}"),
+    ("lds", ("kronfluence",), f"--dataset=pydoc --models=4 --again=3 --queries=8 --removals=1 --removed=block --mus=0.1 --work=Q/lds --out=Q/lds.json --train={TINY.replace(' ', '~')}"),
     ("retrofit", (), f"--out_dir=RUN --dense=Q/dense1 --work=Q/retrofit --out=Q/retrofit.json --recipes=--max_iters=20 --train={TINY.replace(' ', '~')} --behavior=the --prompts=8 "
                      "--suppress=--mode=zero~--price=1000~--max_new_tokens=20~--steps=20~--tokens=4096"),
     ("ekfac", ("kronfluence",), "--out_dir=RUN --queries=2 --work=Q/ekfac --out=Q/ekfac.json"),
@@ -101,18 +107,26 @@ def claims(r):
             return f(r[name])
         except KeyError:
             return "not measured", None
+
+    def every_one(values):
+        """all(), but of nothing nothing was measured."""
+        values = list(values)
+        if not values:
+            raise KeyError("no value")
+        return all(values)
     yield ("loss against the dense twin", "within 2.5 points downstream", "within 1% (pydoc, books)", *of("quality", lambda x: (
-        ", ".join(f"{v['loss']:+.2%} {n}" for n, v in x["against dense"].items()), all(v["loss"] < 0.01 for v in x["against dense"].values()))))
-    yield ("accuracy on cloze items against the dense twin, over sizes", "within 2.5 points downstream", "within 2.5 points", *of("twin", lambda x: (
-        ", ".join(f"{100 * (v['PRISM']['accuracy'] - v['dense']['accuracy']):+.1f}" for v in x["sizes"].values()), all(v["PRISM"]["accuracy"] > v["dense"]["accuracy"] - 0.025 for v in x["sizes"].values()))))
+        ", ".join(f"{x['against dense'][n]['loss']:+.2%} {n}" for n in ("pydoc", "books")), all(x["against dense"][n]["loss"] < 0.01 for n in ("pydoc", "books")))))
+    yield ("accuracy on cloze items against the dense twin, over sizes", "within 2.5 points downstream", "within 2.5 points, four sizes", *of("twin", lambda x: (
+        ", ".join(f"{100 * (v['PRISM']['accuracy'] - v['dense']['accuracy']):+.1f}" for v in x["sizes"].values()), every_one(v["PRISM"]["accuracy"] > v["dense"]["accuracy"] - 0.025 for v in x["sizes"].values()) and len(x["sizes"]) >= 4)))
     yield ("training throughput against the dense twin", "97.3% (H100)", "97%", *of("throughput-cpu", lambda x: (f"{x['ratios']['PRISM / dense']:.1%} (CPU)", x["ratios"]["PRISM / dense"] >= 0.97)))
     yield ("the same on a GPU", "97.3% (H100)", "97%", "not measured", None)
     yield ("full joint Hessian against real refits of the head", "none", "r > 0.99", *of("refit", lambda x: (f"r {x['pearson']['full']:.3f}", x["pearson"]["full"] > 0.99)))
     yield ("exact blocks against real refits", "none", "r 0.9", *of("refit", lambda x: (f"r {x['pearson']['block']:.3f}, joined {x['pearson']['joined']:.3f}", x["pearson"]["block"] >= 0.9)))
     yield ("a query against EK-FAC", "470 to 500 times", "500 times", *of("ekfac", lambda x: (f"{x['ratio']['query']:,.0f} times at {1 / x['ratio']['memory']:.2f} of the memory", x["ratio"]["query"] >= 500 and x["ratio"]["memory"] >= 1)))
-    for name, corpus in list(LDS.items())[:2]:
-        yield (f"LDS against EK-FAC, the better damping of those tried, {corpus}", "none", "at or above", *of(name, lambda x: (lambda best: (f"{x['lds']['block']['mean']:.3f} against {best:.3f}", x["lds"]["block"]["mean"] >= best))(
-            max(v["mean"] for n, v in x["lds"].items() if n in ("ekfac", "ekfac-undamped")))))
+    for name in ("lds", "lds-books"):
+        yield (f"LDS of block against EK-FAC's, the better of two dampings, {LDS[name][0]}", "none", "at or above", *of(name, lambda x: (lambda best: (
+            f"{x['lds']['block']['mean']:.3f} against {x['lds'][best]['mean']:.3f}, difference {x['lds'][best]['first_minus_this'][0]:+.3f} +- {x['lds'][best]['first_minus_this_both']:.3f}",
+            x["lds"][best]["first_minus_this"][0] >= 0))(max(("ekfac", "ekfac-undamped"), key=lambda n: x["lds"][n]["mean"]))))
     yield ("curvature within blocks, squared norm", "close to block diagonal", "above random prototypes", *of("curvature", lambda x: (
         ", ".join(f"{v['within_squared']:.3f} {n}" for n, v in x["heads"].items()), x["heads"]["PRISM"]["within_squared"] > x["heads"]["random prototypes"]["within_squared"])))
     yield ("neighbourhoods purer than random directions'", "cards", "next token", *of("grounding", lambda x: (
@@ -123,13 +137,13 @@ def claims(r):
     good = [n for n, x in every.items() if cut(x) >= 0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5]
     yield ("behaviors turned down by 90% for less than 0.5% of loss", "without measurable loss", "6 of 6", f"{len(good)} of {len(every)}" + (f" ({', '.join(good)})" if good else "") if every else "not measured", len(good) == 6 if every else None)
     yield ("controllers, points of accuracy on held-out items", "about 3", "3, interval above 0, 3 seeds of 2 corpora", *of("controllers", lambda x: (
-        ", ".join(f"{v['result']['controller']['points'][0]:+.1f}" for v in x["runs"].values()), all(v["result"]["controller"]["points"][0] >= 3 and v["result"]["controller"]["points"][1] > 0 for v in x["runs"].values()))))
+        ", ".join(f"{v['result']['controller']['points'][0]:+.1f}" for v in x["runs"].values()), every_one(v["result"]["controller"]["points"][0] >= 3 and v["result"]["controller"]["points"][1] > 0 for v in x["runs"].values()) and len(x["runs"]) >= 6)))
     yield ("singular values of the logits fall as i^-alpha", "0.536 trained, 0.374 untrained", "above 1/2 trained, below untrained", *of("logit_rank", lambda x: (
         ", ".join(f"{v['alpha']:.2f} {n}" for n, v in x["spectrum"].items()), x["spectrum"]["PRISM"]["interval"][0] > 0.5 > x["spectrum"]["untrained"]["interval"][1])))
     yield ("KL of 15 tokens continued from other prompts' logits", "2.85 against 10.79", "below one-token and short context", *of("logit_rank", lambda x: (
         ", ".join(f"{v[-1]:.2f} {n}" for n, v in x["lingen"]["same text"].items()), x["lingen"]["same text"]["Lingen"][-1] < min(x["lingen"]["same text"][n][-1] for n in ("one-token", "short context")))))
     yield ("networks of known rank learned from their logits", "polynomial", "to 1e-6, rank 32", *of("logit_rank", lambda x: (f"to {max(v['error'] for v in x['synthetic']):.0e}", max(v["error"] for v in x["synthetic"]) < 1e-6)))
-    for name, corpus in PROTO.items():
+    for name, (corpus, _) in PROTO.items():
         yield (f"prototype classifier against a plain one, frozen trunk, {corpus}", "within a point", "within a point", *of(name, lambda x: (lambda a: (
             f"{100 * a['prototypes, frozen']:.1f}% against {100 * a['linear on attention, frozen']:.1f}%", a["prototypes, frozen"] > a["linear on attention, frozen"] - 0.01))({n: mean(v) for n, v in x["accuracy"].items()})))
 
@@ -139,14 +153,11 @@ def claims(r):
 def tables(r):
     """Yields (title, command, text) of every table whose result is there."""
     if x := r.get("quality"):
-        rows = []
-        for n, v in x["against dense"].items():
-            dense, ours = ([y for key, y in x["runs"].items() if key.startswith(f"{n} seed ") and f" {o} #" in key] for o in ("--n_proto=0", "default"))
-            rows.append((n, v["seeds"], about([y["val_ce"] for y in dense]), about([y["val_ce"] for y in ours]), f"{v['loss']:+.2%}", about([y["val_ce_prototypes"] for y in ours]), f"{v['without_residual']:+.2%}",
-                         f"{mean([y['residual_share'] for y in ours]):.3f}", f"{v['live']:.0f}"))
-        yield "Loss against the dense twin", "quality.py", table(("corpus", "seeds", "dense twin", "PRISM", "against dense", "without the residual", "against dense", "residual's share", "live prototypes"), rows)
-        for dataset, rows in x.get("grid", {}).items():
-            yield f"Loss weights, k and M, {dataset}", "quality.py --grid=true", table(("options", "loss", "without the residual", "residual's share", "live"), (
+        yield "Loss against the dense twin", "quality.py --datasets=pydoc,books", table(("corpus", "seeds", "dense twin", "PRISM", "against dense", "without the residual", "against dense", "residual's share", "live prototypes"), (
+            (n, v["seeds"], about(v["losses_dense"]), about(v["losses"]), f"{v['loss']:+.2%}", about(v["losses_prototypes"]), f"{v['without_residual']:+.2%}", f"{v['residual_share']:.3f}", f"{v['live']:.0f}")
+            for n, v in x["against dense"].items()))
+        for dataset, rows in x.get("grid", {}).get("rows", {}).items():
+            yield f"Loss weights, k and M, {dataset}", f"quality.py --grid=true {x['grid']['options']}", table(("options", "loss", "without the residual", "residual's share", "live"), (
                 (f"`{n}`", f"{v['loss']:+.2%}", f"{v['without_residual']:+.2%}", f"{v['residual_share']:.3f}", f"{v['live']:.0f}") for n, v in sorted(rows.items(), key=lambda u: u[1]["loss"]))) + "\n\nOne seed each.\n\n![Pareto curve](results/quality-grid.png)"
     if (x := r.get("twin")) and "power_law" in x:
         law = "; ".join(f"{n} N^-{v['b']:.3f}" + (f" [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" if v["interval"] else "") for n, v in x["power_law"].items())
@@ -161,17 +172,19 @@ def tables(r):
         yield "Predicted influence against real refits of the head", "refit.py", table(("method", "Pearson r over all pairs", "of the median document"), (
             (n, f"{v:.3f}", f"{median(correlation(u['real'], u[n]) for u in x['documents'].values()):.3f}") for n, v in x["pearson"].items())) + (
             f"\n\n{len(x['documents'])} documents, {x['options']['queries']} held-out tokens, {x['options']['tokens']:,} training tokens; {x['off_diagonal_share']:.0%} of the squared norm of that head's curvature lies off the diagonal blocks.")
-    for name, corpus in LDS.items():
+    for name, (corpus, options) in LDS.items():
         if not (x := r.get(name)):
             continue
-        rows = [(n, f"{v['mean']:.3f} +- {v['half_width']:.3f}", f"{v['both']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "",
-                 f"{v['first_minus_this'][0]:+.3f} +- {v['first_minus_this'][1]:.3f}", f"{v['first_minus_this_both']:.3f}") for n, v in x["lds"].items()]
-        text = table(("method", "LDS, over queries", "+- over halves too", "of the ceiling", "first minus this", "+- over halves too"), rows)
+        rows = [(n, f"{v['mean']:.3f} +- {v['both']:.3f}", f"{v['of_ceiling']:.0%}" if "of_ceiling" in v else "", f"{v['first_minus_this'][0]:+.3f} +- {v['first_minus_this_both']:.3f}") for n, v in x["lds"].items()]
+        text = table(("method", "LDS", "of the ceiling", "first minus this"), rows) + f"\n\n{x['documents']} documents."
         if x.get("ceiling"):
-            text += f"\n\nThe same half with two seeds correlates {x['seeds']['mean']:.3f} +- {x['seeds']['half_width']:.3f}; its root, {x['ceiling']:.3f}, is the ceiling. {x['documents']} documents."
+            text += f" The same half with two seeds correlates {x['seeds']['mean']:.3f} +- {x['seeds']['half_width']:.3f}; its root, {x['ceiling']:.3f}, is the ceiling."
+        if v := x.get("full"):
+            text += f" Full: {v['windows']} windows, {v['iterations']} iterations, largest residual {v['residual']:.3f}."
         if v := x.get("removal"):
-            text += f"\n\nWithout the best documents of a query, up to {x['options']['share']:.0%} of the tokens, mean rise of its loss over {len(v['queries'])} queries: " + ", ".join(f"{n} {sum(u) / len(u):+.4f}" for n, u in v["added"].items()) + "."
-        yield f"Real retraining, {corpus}: {x['options']['models']} models on halves, {x['queries']} queries", "lds.py", text
+            text += f"\n\nWithout the best documents of a query, up to {x['options']['share']:.0%} of the tokens, rise of its loss, mean and standard error over {len(v['queries'])} queries: " + ", ".join(
+                f"{n} {mean(u):+.4f}" + (f" +- {stdev(u) / len(u) ** 0.5:.4f}" if len(u) > 1 else "") for n, u in v["added"].items()) + "."
+        yield f"Real retraining, {corpus}: {x['options']['models']} models on halves, {x['queries']} queries", f"lds.py {options}", text
     if x := r.get("retrofit"):
         yield "Prototypes attached afterwards", "retrofit.py", table(("model", "loss", "against dense", "without the residual", "residual's share", "live"), (
             (n, f"{v['val_ce']:.4f}", f"{v['against_dense']:+.2%}", *((f"{v['val_ce_prototypes']:.4f}", f"{v['residual_share']:.3f}", f"{v['live']:.0f}") if "live" in v else ("", "", ""))) for n, v in x["sides"].items())) + "".join(
@@ -218,10 +231,10 @@ def tables(r):
             (v["name"], f"{v['queries']:,}", f"{sum(v['V'] ** t for t in range(v['N'])):,}", f"{v['error']:.0e}") for v in x["synthetic"])) + (f"\n\nQueries of the random networks grow as rank^{x['queries_exponent']:.2f}." if x["queries_exponent"] else "")
         yield "Learned from logits alone: the model itself, over a few tokens", "logit_rank.py", table(("learned", "queries", "KL of a sequence", "total variation"), (
             (v["name"], f"{v['queries']:,}" if "queries" in v else "", f"{v['kl']:.3f} +- {v['kl_error']:.3f}", f"{v['variation']:.3f}") for v in x["real"]))
-    for name, corpus in PROTO.items():
+    for name, (corpus, options) in PROTO.items():
         if not (x := r.get(name)):
             continue
-        yield f"Prototype classification, {corpus}: {len(x['classes'])} classes", "proto_lm.py", table(("classifier", "accuracy over seeds"), ((n, ", ".join(f"{v:.1%}" for v in u) + f"; mean {mean(u):.1%}") for n, u in x["accuracy"].items())) + "\n\n" + table(
+        yield f"Prototype classification, {corpus}: {len(x['classes'])} classes", f"proto_lm.py {options}", table(("classifier", "accuracy over seeds"), ((n, ", ".join(f"{v:.1%}" for v in u) + f"; mean {mean(u):.1%}") for n, u in x["accuracy"].items())) + "\n\n" + table(
             ("explanation", *(f"{k}, {s:.0%}" for k in ("comprehensiveness", "sufficiency") for s in x["faithful"]["prototypes"][0]["shares"])), (
                 (n, *(f"{mean(q):.3f}" for k in ("comprehensiveness", "sufficiency") for q in zip(*(u[k] for u in runs)))) for n, runs in x["faithful"].items())) + "\n\nA simulator agrees with the classifier, seeing " + ", ".join(
             f"{n}: {mean([u[n] for u in x['simulatability']]):.1%}" for n in x["simulatability"][0]) + f".\n\n![sweeps, curves and simulators](results/{name}.png)"
@@ -249,12 +262,12 @@ def write():
     text += told + "\n\nNot met: " + "; ".join(row[0] for row in rows if row[4] == "**no**") + ". Not measured: " + "; ".join(row[0] for row in rows if not row[4]) + ". NOTES.md tells what else was tried and failed.\n"
     for title, command, body in tables(r):
         text += f"\n## {title}\n\n`python experiments/{command}`; {machines(r, command)}\n\n{body}\n"
-    with atomic(RESULTS.parent / "RESULTS.md", "w", encoding="utf-8") as f:
-        f.write(text)
     head, begin, rest = README.read_text("utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not end:
         raise UserError(f"{README} has lost its lines {BEGIN!r} and {END!r}, between which the claims stand; put them back")
+    with atomic(RESULTS.parent / "RESULTS.md", "w", encoding="utf-8") as f:
+        f.write(text)
     with atomic(README, "w", encoding="utf-8") as f:
         f.write(f"{head}{begin}\n{told}\n{end}{tail}")
     failed = [row[0] for row in rows if row[4] == "**no**"]
@@ -293,16 +306,18 @@ def main(argv):
             if missing := [p for p in packages if importlib.util.find_spec(p) is None]:
                 print(f"{name}: left out, {', '.join(missing)} cannot be imported; pip install -r experiments/requirements.txt", flush=True)
                 continue
-            words = [w.replace("~", " ").replace("RUN", str(out / "run")).replace("Q", str(out)) for w in options.split()] if cfg.quick else []
-            t0 = time.perf_counter()
-            r = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), *words], cwd=ROOT, **(dict(capture_output=True, text=True) if cfg.quick else {}))
-            if r.returncode:
-                failed.append(name)
-            print(f"{name}: {'failed: ' + (r.stderr or '').strip()[-400:] if r.returncode else 'done'}, {time.perf_counter() - t0:.0f} s", flush=True)
+            place = {"~": " ", "RUN": str(out / "run"), "Q/": f"{out}/"}
+            runs = [[re.sub("~|RUN|Q/|Q$", lambda m: place.get(m[0], str(out)), w) for w in options.split()]] if cfg.quick else [shlex.split(w) for w in WHOLE.get(name, ("",))]
+            for words in runs:
+                t0 = time.perf_counter()
+                r = subprocess.run([sys.executable, str(ROOT / "experiments" / f"{name}.py"), *words], cwd=ROOT, **(dict(capture_output=True, text=True) if cfg.quick else {}))
+                if r.returncode:
+                    failed.append(" ".join([name, *words]) if not cfg.quick else name)
+                print(f"{name}: {'failed: ' + (r.stderr or '').strip()[-400:] if r.returncode else 'done'}, {time.perf_counter() - t0:.0f} s", flush=True)
     if not cfg.quick:
         write()
     if failed:
-        raise UserError(f"{len(failed)} of {len(only)} failed: {', '.join(failed)}")
+        raise UserError(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@
 
 A model is trained on everything; others, of the same options and other seeds, are trained by train.py on random halves of the documents. Queries are
 held-out windows. For each query, the Spearman correlation over the halves between the query's real loss and minus the sum of the scores of
-the documents that the half kept; LDS is its mean, with a 95% bootstrap interval over queries (Park et al. 2023, arXiv 2303.14186). "Both" adds what the
-choice of halves leaves open, by the jackknife over halves. All methods share queries and halves, so two are compared by the interval of their difference.
+the documents that the half kept; LDS is its mean (Park et al. 2023, arXiv 2303.14186). Its 95% interval joins a bootstrap over queries, which alone covers about a third of it, and a
+jackknife over halves. All methods share queries and halves, so two are compared by the interval of their difference.
 By source: each document is given its source's score times its share of the source's tokens, which is what an attribution to sources alone knows.
-Full: the head's joint Hessian, summed over --full windows, solved to a residual of 1% for every query. Ensemble: the mean of the first method's scores over --ensemble
+Full: the head's joint Hessian, summed over --full windows, solved by 100 iterations or until every query's residual is below 1%; the largest is told. Ensemble: the mean of the first method's scores over --ensemble
 more models of everything, trained with other seeds, each scaled to unit spread: so many times the price.
 With --retrofit every model is a dense one first, to which prototypes are attached and which these options of train.py then train on.
 
@@ -147,13 +147,17 @@ def main(argv):
     methods, removed = cfg.methods.split(","), cfg.removed.split(",")
     if min(cfg.full, cfg.ensemble) < 0:
         raise UserError(f"full is {cfg.full}, ensemble {cfg.ensemble}; expected at least 0")
-    if cfg.models < 2 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or cfg.removals < 0 or not 0 < cfg.share < 1:
-        raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, removals {cfg.removals}, share {cfg.share}; expected at least 2, at most models, at least 1, at least 0, between 0 and 1")
+    if cfg.models < 3 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or cfg.removals < 0 or not 0 < cfg.share < 1:
+        raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, removals {cfg.removals}, share {cfg.share}; expected at least 3, 0 to models, at least 1, at least 0, between 0 and 1")
     check_methods([*methods, *removed * (cfg.removals > 0)])
     try:
         shares = [float(x) for x in cfg.mus.split(",")] if cfg.mus else []
     except ValueError:
-        raise UserError(f"mus={cfg.mus}, expected numbers with commas between") from None
+        shares = [0.0]
+    if not all(0 < x < np.inf for x in shares):
+        raise UserError(f"mus={cfg.mus}, expected numbers above 0 with commas between")
+    if cfg.ensemble and methods[0] == "random":
+        raise UserError("an ensemble of random scores says nothing; name another method first")
     work, source = Path(cfg.work), dataset_folder(cfg.dataset)
     whole = model_of(cfg, work / "all", source, cfg.seed)
     run, rng = attribute.Run(whole, "cpu"), np.random.default_rng(cfg.seed)
@@ -190,8 +194,8 @@ def main(argv):
         x = dict(mean=mean, half_width=half, both=both(half, lambda m: lds(scores, kept[m], losses[m])), first_minus_this=[difference, wide],
                  first_minus_this_both=both(wide, lambda m: lds(first[0], kept[m], losses[m]) - lds(scores, kept[m], losses[m])))
         result["lds"][name] = x | (dict(of_ceiling=mean / ceiling) if ceiling else {})
-        print(f"{name:>24}: LDS {mean:.3f} +- {half:.3f} (both {x['both']:.3f})" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else "")
-              + f"; {methods[0]} minus this {difference:+.3f} +- {wide:.3f} (both {x['first_minus_this_both']:.3f})", flush=True)
+        print(f"{name:>24}: LDS {mean:.3f} +- {x['both']:.3f} (over queries alone {half:.3f})" + (f", {mean / ceiling:.0%} of the ceiling" if ceiling else "")
+              + f"; {methods[0]} minus this {difference:+.3f} +- {x['first_minus_this_both']:.3f}", flush=True)
     every, first, tokens = {}, [], np.diff([*run.doc_start, len(run.tokens)])
     for method in methods:
         every[method], result["cost"][method] = ask(whole, run, method, starts, work / "scores" / f"{method}.npz")
@@ -207,6 +211,7 @@ def main(argv):
     tell("no Hessian", index.scan_all(index.stored(b), "document"))
     if cfg.full:
         x, residual, steps = full(index, b, cfg)
+        result["full"] = dict(windows=cfg.full, residual=residual, iterations=steps)
         print(f"the joint Hessian of {cfg.full} windows: {steps} iterations, residual {residual:.3f}", flush=True)
         tell("full", index.scan_all(index.stored(x), "document"))
     if cfg.ensemble:
@@ -242,7 +247,7 @@ def main(argv):
         result["removal"] = dict(queries=chosen.tolist(), added=added, documents_and_share=gone)
     save(cfg.out, result)
     best = max(result["lds"].items(), key=lambda u: u[1]["mean"])
-    print(f"best of {len(result['lds'])}: {best[0]}, LDS {best[1]['mean']:.3f} +- {best[1]['half_width']:.3f}; {cfg.models} models, {len(starts)} queries"
+    print(f"best of {len(result['lds'])}: {best[0]}, LDS {best[1]['mean']:.3f} +- {best[1]['both']:.3f}; {cfg.models} models, {len(starts)} queries"
           + "".join(f"; without the best by {m} {np.mean(v):+.4f}" for m, v in added.items()))
 
 

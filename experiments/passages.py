@@ -3,10 +3,11 @@
     python experiments/passages.py --folder=books --out=passages.jsonl
     python data/prepare.py passages.jsonl --name=books512 --vocab_size=512
 
-Each passage is whole lines, of about --length characters; a file gives its first --most characters, so that a long one does not crowd out the others. The
-passage's source is the name of its file.
+Each passage is whole lines, of about --length characters (a line of four times that is cut at a blank); a file gives its first --most characters, so that a long one does not
+crowd out the others. The passage's source is the name of its file.
 """
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,11 @@ class PassagesConfig:
 
 
 def passages(text, length, most):
-    """Yields pieces of whole lines of `text`, each of at least `length` characters but for the last, until `most` characters are out."""
+    """Yields pieces of `text` that end where a line does, or, in long lines, a word; each of at least `length` characters but for the last, until `most` are out."""
     piece, out = "", 0
-    for line in text.splitlines(keepends=True):
-        piece += line
-        if len(piece) >= length:
+    for part in re.findall(rf"[^\n]{{1,{4 * length}}}(?:\n|(?=\s)|[^\s]*)|\n", text):
+        piece += part
+        if len(piece) >= length and piece.strip():
             yield piece
             out, piece = out + len(piece), ""
             if most and out >= most:
@@ -49,12 +50,14 @@ def main(argv):
     with atomic(cfg.out, "w", encoding="utf-8") as f:
         for path in files:
             try:
-                text = path.read_text("utf-8")
+                text = path.read_text("utf-8-sig")
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}: {e}; convert it to UTF-8") from None
             for k, piece in enumerate(passages(text, cfg.length, cfg.most), 1):
                 f.write(json.dumps(dict(text=piece, title=f"{path.name}#{k}", source=path.stem)) + "\n")
                 n += 1
+        if not n:
+            raise UserError(f"--folder={cfg.folder}: its {len(files)} .txt files hold no text")
     print(f"{cfg.out}: {n} passages of {len(files)} files")
 
 

@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import ROOT, kept, save  # noqa: E402
+
 from prism import UserError, atomic, parse_config, run_main  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -58,7 +59,9 @@ def train(dataset, seed, options):
 def main(argv):
     cfg = parse_config(QualityConfig, argv)
     path = Path(cfg.results)
-    results = json.loads(path.read_text()) if path.exists() else {"machine": "", "runs": {}, "against dense": {}}
+    if cfg.seeds < 1 or "n_proto" in cfg.options and parse_config(TrainConfig, cfg.options.split()).n_proto == 0:
+        raise UserError(f"seeds is {cfg.seeds}, options {cfg.options!r}; expected at least 1, and options of a model with prototypes, whose dense twin is trained beside it")
+    results = {"runs": {}, "against dense": {}} | kept(path)
     results["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, one thread a run"
     todo, one = [], Lock()
     for dataset in cfg.datasets.split(","):
@@ -77,14 +80,13 @@ def main(argv):
             row = train(*job)
             with one:
                 results["runs"][key] = row
-                with atomic(path, "w") as f:
-                    json.dump(results, f, indent=1)
+                save(path, results)
             print(f"{key:<60} val_ce {row['val_ce']:.4f}", flush=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(work, todo))
 
-    default = []  # of the default preset: dataset, loss and loss without residual against dense, fewest live prototypes
+    default, grids = [], {}  # the first: of cfg.options alone, dataset, loss and loss without residual against dense, fewest live prototypes
     for dataset in cfg.datasets.split(","):
         jobs = [j for j in todo if j[0] == dataset]
         print(f"\n{dataset}, {len({j[1] for j in jobs})} seeds\n| options | validation ce | against the dense twin | without residual | against the dense twin "
@@ -99,21 +101,23 @@ def main(argv):
                    f"{min(r['live'] for r in group):.0f}" if "val_ce_prototypes" in group[0] else "| | |"
             print(f"| {options or 'default'} | {mean('val_ce'):.3f}{spread} | {mean('val_ce') / dense - 1:+.2%} | {head} |")
             if cfg.grid and "val_ce_prototypes" in group[0]:
-                results.setdefault("grid", {}).setdefault(Path(dataset).name, {})[options.removesuffix(cfg.options).strip() or "default"] = dict(
+                grids.setdefault(Path(dataset).name, {})[options.removesuffix(cfg.options).strip() or "default"] = dict(
                     loss=mean("val_ce") / dense - 1, without_residual=mean("val_ce_prototypes") / dense - 1, residual_share=mean("residual_share"), live=min(r["live"] for r in group))
             if options == cfg.options.strip():
                 default.append(dict(dataset=Path(dataset).name, loss=mean("val_ce") / dense - 1, without_residual=mean("val_ce_prototypes") / dense - 1,
-                                    live=min(r["live"] for r in group), seeds=len(group)))
-    results["against dense"] |= {} if cfg.grid else {d["dataset"]: d for d in default}
-    with atomic(path, "w") as f:
-        json.dump(results, f, indent=1)
+                                    live=min(r["live"] for r in group), seeds=len(group), residual_share=mean("residual_share"), losses=[r["val_ce"] for r in group],
+                                    losses_prototypes=[r["val_ce_prototypes"] for r in group], losses_dense=[r["val_ce"] for r in rows[f"--n_proto=0 {cfg.options}".strip()]]))
     if cfg.grid:
-        picture(results["grid"], path.with_name("quality-grid.png"))
+        results["grid"] = dict(options=cfg.options, rows=grids)
+        picture(grids, path.with_name("quality-grid.png"))
+    else:
+        results["against dense"] |= {f"{d['dataset']} {cfg.options}".strip(): d for d in default}
+    save(path, results)
     print("PRISM against dense: " + "; ".join(f"{d['dataset']} {d['loss']:+.2%}, without residual {d['without_residual']:+.2%}, live {d['live']:.0f}" for d in default))
 
 
 def pareto(points):
-    """points {name: (x, y)} -> names that no other point beats in both, by x."""
+    """points {name: (x, y)} -> names, by x, that no other point beats: at least as low in both, lower in one."""
     return sorted((n for n, p in points.items() if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points.values())), key=lambda n: points[n])
 
 

@@ -54,30 +54,34 @@ class RivalConfig:
     out: str = ""            # the .npz that is written
 
 
-def key_of(run, method, queries, last):
-    """What scores depend on: another key, other scores."""
-    return json.dumps([run.hash, run.ckpt["step"], method, np.asarray(queries).tolist(), last, attribute.FORMAT, attribute.MU_SHARE])
+def key_of(out_dir, run, method, queries, last):
+    """What scores depend on, the index in out_dir included: another key, other scores."""
+    meta = Path(out_dir) / "attribution/meta.json"
+    index = json.loads(meta.read_text("utf-8")) if method in ("block", "joined") and meta.exists() else {}
+    return json.dumps([run.hash, run.ckpt["step"], method, np.asarray(queries).tolist(), last, attribute.FORMAT, *(index.get(n) for n in ("mu", "rank", "windows", "postings"))])
 
 
 def ask(out_dir, run, method, queries, path, last=0):
     """-> scores (Q, documents) and what they cost, by this script in a process of its own; kept at `path` while the key is the same."""
     file = path.parent / "queries.npy"
-    if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as x:
-                scores, about = x["scores"], json.loads(str(x["about"]))
-            if about["key"] == key_of(run, method, queries, last):
-                return scores, about
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # damaged: again
-        path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(file) as f:
-        np.save(f, queries)
-    r = subprocess.run([sys.executable, __file__, f"--out_dir={out_dir}", f"--method={method}", f"--queries={file}", f"--last={last}", f"--out={path}"], capture_output=True, text=True)
-    if r.returncode:
-        raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")
-    return ask(out_dir, run, method, queries, path, last)
+    for again in (False, True):
+        if path.exists():
+            try:
+                with np.load(path, allow_pickle=False) as x:
+                    scores, about = x["scores"], json.loads(str(x["about"]))
+                if about["key"] == key_of(out_dir, run, method, queries, last):
+                    return scores, about
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                pass  # damaged: again
+            path.unlink()
+        if again:
+            raise UserError(f"the run in {out_dir} changed while {method} was asked; run again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(file) as f:
+            np.save(f, queries)
+        r = subprocess.run([sys.executable, __file__, f"--out_dir={out_dir}", f"--method={method}", f"--queries={file}", f"--last={last}", f"--out={path}"], capture_output=True, text=True)
+        if r.returncode:
+            raise UserError(f"rivals.py --method={method} failed: {r.stderr.strip()[-1500:]}")
 
 
 def check_methods(names):
@@ -271,7 +275,7 @@ def main(argv):
         scores = np.random.default_rng(cfg.seed).standard_normal((len(queries), len(run.titles)))
     else:
         scores = {"gradient": gradient, "cosine": cosine}.get(cfg.method, ekfac)(*args)
-    made = dict(key=key_of(run, cfg.method, queries, cfg.last), method=cfg.method, once_s=clock["once"], queries_s=time.perf_counter() - clock["t"], queries=len(queries), disk=clock["disk"],
+    made = dict(key=key_of(cfg.out_dir, run, cfg.method, queries, cfg.last), method=cfg.method, once_s=clock["once"], queries_s=time.perf_counter() - clock["t"], queries=len(queries), disk=clock["disk"],
                 peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, threads=torch.get_num_threads())
     with atomic(cfg.out) as f:
         np.savez(f, scores=scores, about=np.array(json.dumps(made)))

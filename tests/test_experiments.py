@@ -50,8 +50,18 @@ def test_quality(dataset, tmp_path):
     lines = script("quality.py", *words)
     runs = json.loads((tmp_path / "q.json").read_text())["runs"]
     assert len(runs) == 4 and lines[-1].startswith("PRISM against dense: tiny ")
+    (name, row), = json.loads((tmp_path / "q.json").read_text())["against dense"].items()
+    assert name == f"tiny {options}" and row["loss"] == pytest.approx(sum(row["losses"]) / sum(row["losses_dense"]) - 1)
     again = script("quality.py", *words)  # nothing is run twice
     assert again[-1] == lines[-1] and len(again) < len(lines)
+
+
+def test_quality_refuses_what_has_no_twin(tmp_path):
+    import quality
+    for wrong, message in (("--seeds=0", "seeds is 0"), ("--options=--n_proto=0", "prototypes"), (f"--results={tmp_path}/bad.json", "bad.json is damaged")):
+        (tmp_path / "bad.json").write_text("[")
+        with pytest.raises(quality.UserError, match=message):
+            quality.main([wrong])
 
 
 def test_quality_grid_and_its_pareto_curve(dataset, tmp_path, monkeypatch):
@@ -66,7 +76,7 @@ def test_quality_grid_and_its_pareto_curve(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "GRID", ["--top_k=8", "--lambda_rec=1"])
     quality.main(["--grid=true", f"--datasets={dataset}", "--options=--max_iters=7", f"--results={tmp_path}/q.json"])
     result = json.loads((tmp_path / "q.json").read_text())
-    assert {n: (v["loss"], v["without_residual"]) for n, v in result["grid"]["tiny"].items()} == {
+    assert {n: (v["loss"], v["without_residual"]) for n, v in result["grid"]["rows"]["tiny"].items()} == {
         "default": pytest.approx((0.01, 0.1)), "--top_k=8": pytest.approx((0.005, 0.125)), "--lambda_rec=1": pytest.approx((0.05, 0.075))}
     assert result["against dense"] == {} and (tmp_path / "quality-grid.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -130,14 +140,14 @@ def test_lds(made, tmp_path, monkeypatch, capsys):
     import lds
     trains_here(monkeypatch, lds)
     dataset = json.loads((made / "config.json").read_text())["dataset"]
-    words = (f"--dataset={dataset}", "--models=3", "--again=3", "--queries=6", "--mus=0.01,0.1", "--methods=block,cosine", "--removals=2", "--removed=cosine", "--full=9", "--ensemble=1", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
+    words = (f"--dataset={dataset}", "--models=4", "--again=3", "--queries=6", "--mus=0.01,0.1", "--methods=block,cosine", "--removals=2", "--removed=cosine", "--full=9", "--ensemble=1", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
              "--train=--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=30 --batch_size=4 --total_batch_tokens=64 --eval_interval=30 --device=cpu")
     lds.main(words)
     last = capsys.readouterr().out.splitlines()[-1]
     result = json.loads((tmp_path / "l.json").read_text())
     assert list(result["lds"]) == ["block", "block, by source", "cosine", "cosine, by source", "no Hessian", "full", "block, 2 models", "block, share 0.01", "joined, share 0.01", "block, share 0.1", "joined, share 0.1"]
-    assert all(-1 <= x["mean"] <= 1 for x in result["lds"].values()) and "3 models, 6 queries; without the best by cosine" in last
-    assert result["lds"]["block"] == result["lds"]["block, share 0.1"] and all(x["both"] >= x["half_width"] for x in result["lds"].values()) and -1 <= result["seeds"]["mean"] <= 1
+    assert all(-1 <= x["mean"] <= 1 for x in result["lds"].values()) and "4 models, 6 queries; without the best by cosine" in last
+    assert result["lds"]["block"] == result["lds"]["block, share 0.1"] and result["full"]["residual"] < 0.01 and all(0 < x["both"] < 3 for x in result["lds"].values()) and -1 <= result["seeds"]["mean"] <= 1
     assert result["ceiling"] == pytest.approx(max(0, result["seeds"]["mean"]) ** 0.5)
     (folder,) = tmp_path.glob("w/*-2")  # the seed of the first half
     half = json.loads((folder / "data/docs.json").read_text())
@@ -164,7 +174,8 @@ def test_lds(made, tmp_path, monkeypatch, capsys):
     (tmp_path / "w/scores/cosine.npz").write_bytes(b"damaged")
     lds.main(words)  # asked again
     assert capsys.readouterr().out.splitlines()[-1] == last
-    for wrong, message in (("--methods=block,guess", "no method 'guess'"), ("--removals=-1", "removals -1"), ("--mus=a", "mus=a, expected numbers")):
+    for wrong, message in (("--methods=block,guess", "no method 'guess'"), ("--removals=-1", "removals -1"), ("--mus=a", "mus=a, expected numbers"), ("--mus=0.1,-1", "numbers above 0"), ("--models=2", "models 2"),
+                           ("--methods=random,block", "ensemble of random")):
         with pytest.raises(lds.UserError, match=message):
             lds.main([*words, wrong])
 
@@ -327,6 +338,7 @@ def test_passages_hold_the_text(tmp_path, capsys):
     mine = [x["text"] for x in rows if x["source"] == "a"]
     assert text.startswith("".join(mine)) and 2000 <= sum(map(len, mine)) < 2600 and all(500 <= len(x) < 530 and x.endswith("\n") for x in mine)
     assert rows[-1] == {"text": "short, without a last line end", "title": "b.txt#1", "source": "b"} and capsys.readouterr().out.endswith(f"{len(rows)} passages of 2 files\n")
+    assert [len(x) for x in passages.passages("word " * 1000, 100, 0)] == [404] + [400] * 11 + [196] and list(passages.passages("a\n\n  \nb c", 3, 0)) == ["a\n\n", "  \nb c"]
     for wrong, message in ((f"--folder={tmp_path}/none", "no .txt file there"), ("--length=0", "length is 0")):
         with pytest.raises(passages.UserError, match=message):
             passages.main([f"--folder={tmp_path}", wrong, f"--out={tmp_path}/q.jsonl"])
@@ -476,6 +488,12 @@ def test_agreement_and_costs_of_rivals(made, tmp_path):
     result = json.loads((tmp_path / "e.json").read_text())["methods"]
     assert lines[-1].lstrip().startswith("gradient: once 0.0 s, a query ") and result["block"]["query_s"] > 0 and -1 <= result["gradient"]["spearman"] <= 1
     assert script("ekfac.py", *words)[-1] == lines[-1]  # kept
+    (copy,) = (p for p in (tmp_path / "w").iterdir() if (p / "attribution").exists())
+    key = ekfac.ask.__globals__["key_of"]
+    run, before = ekfac.attribute.Run(made, "cpu"), key(copy, ekfac.attribute.Run(made, "cpu"), "block", [0], 0)
+    meta = json.loads((copy / "attribution/meta.json").read_text())
+    (copy / "attribution/meta.json").write_text(json.dumps(meta | dict(mu=2 * meta["mu"])))
+    assert key(copy, run, "block", [0], 0) != before and key(copy, run, "gradient", [0], 0) == key(made, run, "gradient", [0], 0)  # another index, other scores
 
 
 def test_results_md_says_what_the_json_files_say(tmp_path, monkeypatch, capsys):
