@@ -62,7 +62,7 @@ SCRIPTS = (
     ("grounding", ("scipy",), f"--out_dir=RUN --dense=Q/dense1 --other=Q/other --other_dense=Q/dense2 --tokens=8192 --held_out=4096 --out=Q/grounding.json --train={TINY.replace(' ', '~')}"),
     ("suppression", (), "--only=the --behavior=the --out_dir=RUN --mode=zero --price=1000 --prompts=8 --max_new_tokens=20 --steps=20 --tokens=4096 --out=Q"),
     ("controllers", (), "--runs=RUN --out=Q/controllers.json"),
-    ("logit_rank", ("scipy",), f"--out_dir=RUN --dense=Q/dense1 --train={TINY.replace(' ', '~')} --histories=32 --length=24 --futures=2 --future=3 --targets=2 --basis=16 --steps=4 --ranks=2,8 --alphabet=3 --horizon=5 --learned=2 --out=Q/logit_rank.json"),
+    ("logit_rank", ("scipy",), f"--out_dir=RUN --dense=Q/dense1 --train={TINY.replace(' ', '~')} --histories=32 --length=24 --futures=2 --future=3 --targets=2 --basis=16 --steps=4 --ranks=2,8 --horizons=4 --shorts=4,8 --alphabet=3 --horizon=5 --learned=2 --out=Q/logit_rank.json"),
     ("proto_lm", (), "--out_dir=RUN --length=24 --most=30 --prototypes=0 --epochs=3 --tune_epochs=1 --seeds=1 --sweep=false --keep=Q/proto_lm --out=Q/proto_lm.json"),
 )
 
@@ -139,10 +139,12 @@ def claims(r):
     yield ("controllers, points of accuracy on held-out items", "about 3", "3, interval above 0, 3 seeds of 2 corpora", *of("controllers", lambda x: (
         ", ".join(f"{v['result']['controller']['points'][0]:+.1f}" for v in x["runs"].values()), every_one(v["result"]["controller"]["points"][0] >= 3 and v["result"]["controller"]["points"][1] > 0 for v in x["runs"].values()) and len(x["runs"]) >= 6)))
     yield ("singular values of the logits fall as i^-alpha", "0.536 trained, 0.374 untrained", "above 1/2 trained, below untrained", *of("logit_rank", lambda x: (
-        ", ".join(f"{v['alpha']:.2f} {n}" for n, v in x["spectrum"].items()), x["spectrum"]["PRISM"]["interval"][0] > 0.5 > x["spectrum"]["untrained"]["interval"][1])))
-    yield ("KL of 15 tokens continued from other prompts' logits", "2.85 against 10.79", "below one-token and short context", *of("logit_rank", lambda x: (
-        ", ".join(f"{v[-1]:.2f} {n}" for n, v in x["lingen"]["same text"].items()), x["lingen"]["same text"]["Lingen"][-1] < min(x["lingen"]["same text"][n][-1] for n in ("one-token", "short context")))))
-    yield ("networks of known rank learned from their logits", "polynomial", "to 1e-6, rank 32", *of("logit_rank", lambda x: (f"to {max(v['error'] for v in x['synthetic']):.0e}", max(v["error"] for v in x["synthetic"]) < 1e-6)))
+        ", ".join(f"{v['alpha']:.2f} {n}" for n, v in x["spectrum"].items()) + "; with fewer histories " + ", ".join(f"{u:.2f}" for n in ("PRISM", "untrained") for u in x["spectrum"][n]["fewer"].values()),
+        x["spectrum"]["PRISM"]["interval"][0] > 0.5 > x["spectrum"]["untrained"]["interval"][1])))
+    yield ("KL of 15 tokens continued from other prompts' logits", "2.85 against 10.79", "below one-token and the last 8 of 48 tokens", *of("logit_rank", lambda x: (
+        ", ".join(f"{v[-1]:.2f} {n}" for n, v in x["lingen"]["same text"].items()), x["lingen"]["same text"]["Lingen"][-1] < min(x["lingen"]["same text"][n][-1] for n in ("one-token", "last 8 tokens")))))
+    yield ("networks of known rank learned from their logits", "polynomial", "to 1e-6, rank 32", *of("logit_rank", lambda x: (
+        f"to {max(v['error'] for v in x['synthetic']):.0e}, rank {max(v['rank'] for v in x['synthetic'])}", max(v["error"] for v in x["synthetic"]) < 1e-6 and max(v["rank"] for v in x["synthetic"]) >= 32)))
     for name, (corpus, _) in PROTO.items():
         yield (f"prototype classifier against a plain one, frozen trunk, {corpus}", "within a point", "within a point", *of(name, lambda x: (lambda a: (
             f"{100 * a['prototypes, frozen']:.1f}% against {100 * a['linear on attention, frozen']:.1f}%", a["prototypes, frozen"] > a["linear on attention, frozen"] - 0.01))({n: mean(v) for n, v in x["accuracy"].items()})))
@@ -222,22 +224,23 @@ def tables(r):
              spread(x["sides"]["gains"]["loss_percent"], unit="%"), *(f"{x['sides'][n]['loss_percent'][0]:+.2f}%, {rate(x, n):.2f}" + (f" ({x['sides'][n]['impossible_percent']:.2f}%)" if "impossible_percent" in x["sides"][n] else "") for n in ("bias", "ban", "finetune"))) for x in every.values()))
     if x := r.get("logit_rank"):
         ranks = list(next(iter(x["spectrum"].values()))["kl"])
-        yield "Low logit rank: the spectrum", "logit_rank.py", table(("model", "alpha, 95%", *(f"KL at rank {n}" for n in ranks), "KL falls as r^-"), (
-            (n, f"{v['alpha']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]", *(f"{u:.3f}" for u in v["kl"].values()), f"{v['kl_exponent']:.2f}" if v["kl_exponent"] else "") for n, v in x["spectrum"].items())) + "\n\n![singular values and KL](results/logit_rank.png)"
-        sides, steps = [n for n in x["lingen"] if n != "queries"], (1, 5, 10, 15)
+        yield "Low logit rank: the spectrum", "logit_rank.py", table(("model", "alpha, 95%", *(f"with {m} histories" for m in next(iter(x["spectrum"].values()))["fewer"]), *(f"KL at rank {n}" for n in ranks), "KL falls as r^-"), (
+            (n, f"{v['alpha']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]", *(f"{u:.3f}" for u in v["fewer"].values()), *(f"{u:.3f}" for u in v["kl"].values()), f"{v['kl_exponent']:.2f}" if v["kl_exponent"] else "")
+            for n, v in x["spectrum"].items())) + f"\n\n{x['options']['histories']} histories.\n\n![singular values and KL](results/logit_rank.png)"
+        steps = (1, 5, 10, 15)
         yield "Lingen: a prompt continued from other prompts' logits", "logit_rank.py", table(("basis prompts", "method", *(f"KL of {t} tokens" for t in steps)), (
-            (side, n, *(f"{v[t - 1]:.2f}" for t in steps if t <= len(v))) for side in sides for n, v in x["lingen"][side].items()))
-        yield "Learned from logits alone: networks of known rank", "logit_rank.py", table(("network", "queries", "of all", "largest error of a logit"), (
-            (v["name"], f"{v['queries']:,}", f"{sum(v['V'] ** t for t in range(v['N'])):,}", f"{v['error']:.0e}") for v in x["synthetic"])) + (f"\n\nQueries of the random networks grow as rank^{x['queries_exponent']:.2f}." if x["queries_exponent"] else "")
-        yield "Learned from logits alone: the model itself, over a few tokens", "logit_rank.py", table(("learned", "queries", "KL of a sequence", "total variation"), (
-            (v["name"], f"{v['queries']:,}" if "queries" in v else "", f"{v['kl']:.3f} +- {v['kl_error']:.3f}", f"{v['variation']:.3f}") for v in x["real"]))
+            (side, n, *(f"{v[t - 1]:.2f}" for t in steps if t <= len(v))) for side in x["lingen"] for n, v in x["lingen"][side].items()))
+        yield "Learned from logits alone: networks of known rank", "logit_rank.py", table(("network", "queries", "of all", "rounds", "linear programs", "largest error of a logit"), (
+            (v["name"], f"{v['queries']:,}", f"{sum(v['V'] ** t for t in range(v['N'])):,.3g}" if v["N"] > 12 and v["V"] > 2 else f"{sum(v['V'] ** t for t in range(v['N'])):,}", v["rounds"], v["programs"], f"{v['error']:.0e}") for v in x["synthetic"]))
+        yield "Learned from logits alone: the model itself, over a few tokens", "logit_rank.py", table(("learned", "queries", "linear programs", "KL of a sequence", "total variation"), (
+            (v["name"], *((f"{v['queries']:,}", v["programs"]) if "queries" in v else ("", "")), f"{v['kl']:.3f} +- {v['kl_error']:.3f}", f"{v['variation']:.3f}") for v in x["real"]))
     for name, (corpus, options) in PROTO.items():
         if not (x := r.get(name)):
             continue
         yield f"Prototype classification, {corpus}: {len(x['classes'])} classes", f"proto_lm.py {options}", table(("classifier", "accuracy over seeds"), ((n, ", ".join(f"{v:.1%}" for v in u) + f"; mean {mean(u):.1%}") for n, u in x["accuracy"].items())) + "\n\n" + table(
-            ("explanation", *(f"{k}, {s:.0%}" for k in ("comprehensiveness", "sufficiency") for s in x["faithful"]["prototypes"][0]["shares"])), (
-                (n, *(f"{mean(q):.3f}" for k in ("comprehensiveness", "sufficiency") for q in zip(*(u[k] for u in runs)))) for n, runs in x["faithful"].items())) + "\n\nA simulator agrees with the classifier, seeing " + ", ".join(
-            f"{n}: {mean([u[n] for u in x['simulatability']]):.1%}" for n in x["simulatability"][0]) + f".\n\n![sweeps, curves and simulators](results/{name}.png)"
+            ("explanation", *(f"{k}, {s:.0%}" for k in ("comprehensiveness", "sufficiency") for s in x["faithful"]["prototypes, share"][0]["shares"])), (
+                (n, *(f"{mean(q):.3f}" for k in ("comprehensiveness", "sufficiency") for q in zip(*(u[k] for u in runs)))) for n, runs in x["faithful"].items())) + "\n\nA simulator that sees a fifth of the tokens agrees with the classifier: " + ", ".join(
+            f"{n} {mean(u):.1%}" for n, u in x["simulatability"].items()) + f".\n\n![sweeps, curves and simulators](results/{name}.png)"
     if x := r.get("controllers"):
         yield "Controllers", "controllers.py", table(("run", "uncalibrated", "controller, points", "random directions", "controller over these", "temperature"), (
             (n, f"{v['result']['uncalibrated']['accuracy']:.1%}", *(spread(v["result"][k]["points"], 1) for k in ("controller", "random")), spread(v["result"]["over_random"], 1) if "over_random" in v["result"] else "",

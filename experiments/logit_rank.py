@@ -6,16 +6,17 @@
 
 L(h, (f, v)) is the logit of token v after history h and future f, centered over v. Everything is asked of one function, Ask, that counts its answers.
 
-a  Singular values of L over sampled histories and futures (all beginnings of passages of held-out text), the exponent alpha of sigma_i ~ i^-alpha fitted over i from 4 to a
-   quarter of the histories, with a 95% interval by leaving groups of histories out; mean KL of the model from its rank-r approximations, and the exponent of its fall.
-b  Lingen: coefficients c, by ridge regression, with L(target, .) = sum_i c_i L(basis prompt i, .) over futures; then the target is continued by sum_i c_i L(basis prompt i, y) for
-   whatever y was drawn so far. One-token: c from the empty future alone. Short context: the model itself, given the last --short tokens of the target. Continuations y are
-   drawn from the model; what is summed over the steps is KL(model, method), so the sum is the KL of whole continuations. Basis prompts of the same text, or shuffled.
+a  Singular values of L over sampled histories of held-out text and futures, all beginnings of passages of training text; the exponent alpha of sigma_i ~ i^-alpha fitted over i from 4 to a
+   quarter of the histories, with a 95% interval by the jackknife over groups of histories and over passages. Alpha depends on how many histories there are: it is told for a quarter and a half of them
+   too. Mean KL of the model from its rank-r approximations, and the exponent of its fall over r up to a quarter of the histories.
+b  Lingen: coefficients c, by ridge regression, with L(target, .) = sum_i c_i L(basis prompt i, .) over futures; then the target, of held-out text, is continued by sum_i c_i L(basis prompt i, y) for
+   whatever y was drawn so far. One-token: c from the empty future alone. Each with the ridge that is best on other targets. Short context: the model itself, given the last tokens of the target. Continuations
+   y are drawn from the model; what is summed over the steps is KL(model, method), so the sum is the KL of whole continuations. Basis prompts of training text, or these shuffled.
 c  Learning: histories of length t are expressed in a basis of them, h = sum_i x_i b_i as rows of L. A history longer by z is sum_i x_i (b_i z), so with the coefficients A_z of the b_i z in the
    next basis the model is an input-switched affine network: x_t = A_{z,t} x_{t-1}, logits B_t x_t. Our choices where the paper's text leaves them open: a basis is picked by pivots, the
-   candidate that the others explain worst; coefficients are least squares, and, where one exceeds --bound, the linear program min_c max|c Phi - phi| with |c| <= bound; futures are added where
-   sequences drawn from the learned model and from the true one show an error: the step of the sequence that makes it names the future (each adds a direction that the basis did not have, so there
-   are at most as many as the rank). The real model is asked over its --alphabet most frequent tokens after one prompt.
+   candidate that the others explain worst; where a candidate's coefficient exceeds --bound the two change places, which lets the basis span more; coefficients are least squares, and, where one still exceeds the
+   bound, the linear program min_c max|c Phi - phi| with |c| <= bound. Futures are added where sequences drawn from the learned model, or uniformly, show an error: the step of the sequence that makes
+   most of it names the future. Queries are distinct histories asked for. The real model is asked over its --alphabet most frequent tokens after one prompt.
 """
 import itertools
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from common import machine, options_of, save, trained  # noqa: E402
+from common import kept, machine, options_of, save, trained  # noqa: E402
 
 from prism import PRISM, UserError, atomic, dataset_folder, load_checkpoint, load_dataset, load_gains, parse_config, run_main  # noqa: E402
 
@@ -44,9 +45,10 @@ class RankConfig:
     targets: int = 12                # prompts that Lingen continues
     basis: int = 128                 # prompts that it combines
     steps: int = 15                  # tokens of a continuation
-    ridge: float = 1e-4              # of its regression, as a share of the basis's mean squared norm
-    short: int = 4                   # tokens of the target that the short context keeps
+    ridges: str = "1e-6,1e-4,1e-2,0.1,1"  # of the regressions, as shares of the basis's mean squared norm; each method gets the best on other targets
+    shorts: str = "4,8,16,32"        # tokens of the target that short contexts keep
     ranks: str = "4,8,16,32"         # of synthetic networks, learned exactly
+    horizons: str = "6,12,24"        # of synthetic networks of rank 8, for how queries grow
     alphabet: int = 8                # tokens that the real model is asked about in part c
     horizon: int = 8                 # tokens of the sequences that are learned
     learned: str = "2,4,8,16,32"     # ranks at which the real model is learned
@@ -92,18 +94,23 @@ def exponent(values, low, high):
     return -float(np.polyfit(np.log(i), np.log(values[low - 1:high]), 1)[0])
 
 
-def spectrum(X, ranks=(1, 2, 4, 8, 16, 32, 64, 128)):
-    """X (n, C, V) -> singular values, alpha with its 95% interval, mean KL at each rank and its exponent."""
-    n, flat = len(X), X.flatten(1)
-    G = np.zeros((n, n))
-    for part in flat.split(2 ** 18, dim=1):
-        G += (part.double() @ part.double().T).numpy()
-    values, U = np.linalg.eigh(G)
+def spectrum(X, passages, ranks=(1, 2, 4, 8, 16, 32, 64, 128)):
+    """X (n, C, V), its C futures from `passages` passages in turn -> singular values, alpha with its 95% interval and at fewer histories, mean KL at each rank and its exponent."""
+    n, parts = len(X), []
+    for future in X.split(X.size(1) // passages, dim=1):
+        flat = future.flatten(1).double()
+        parts.append((flat @ flat.T).numpy())
+    parts = np.stack(parts)                                                                    # Gram matrices, one a passage
+
+    def alpha(rows, kept):
+        G = parts[kept].sum(0)[np.ix_(rows, rows)]
+        return exponent(np.sqrt(np.linalg.eigvalsh(G)[::-1].clip(min=1e-30)), min(4, max(1, len(rows) // 8)), max(len(rows) // 4, 3))
+    values, U = np.linalg.eigh(parts.sum(0))
     values, U = np.sqrt(values[::-1].clip(min=0)), torch.from_numpy(U[:, ::-1].copy()).float()
-    low, high = min(4, n // 8), n // 4
-    alpha, groups = exponent(values, low, high), np.arange(n) % 8
-    left = [exponent(np.sqrt(np.linalg.eigvalsh(G[np.ix_(groups != g, groups != g)])[::-1].clip(min=1e-30)), low, high) for g in range(8)]
-    error = 1.96 * float(np.sqrt(7 / 8 * ((np.array(left) - np.mean(left)) ** 2).sum()))
+    every, all_of, variance = np.arange(n), np.arange(passages), 0.0
+    for left in ([alpha(every[every % 8 != g], all_of) for g in range(8)], [alpha(every, all_of[all_of != g]) for g in range(passages)] if passages > 1 else [0.0]):
+        variance += (len(left) - 1) / len(left) * ((np.array(left) - np.mean(left)) ** 2).sum()
+    found, error = alpha(every, all_of), 2.36 * float(variance ** 0.5)                         # 97.5% of the t distribution, 7 degrees of freedom
     falls = {}
     for r in [r for r in ranks if r < n]:
         total = 0.0
@@ -111,8 +118,9 @@ def spectrum(X, ranks=(1, 2, 4, 8, 16, 32, 64, 128)):
             part = X[:, j:j + 8]
             total += kl(part, (U[:, :r] @ (U[:, :r].T @ part.flatten(1))).view_as(part)).sum().item()
         falls[r] = max(0.0, total / (n * X.size(1)))
-    r, v = np.array([(r, v) for r, v in falls.items() if v > 1e-7]).reshape(-1, 2).T        # below that, float32 rounding
-    return dict(values=values.tolist(), alpha=alpha, interval=[alpha - error, alpha + error], kl=falls, kl_exponent=-float(np.polyfit(np.log(r), np.log(v), 1)[0]) if len(r) > 1 else None)
+    r, v = np.array([(r, v) for r, v in falls.items() if v > 1e-7 and r <= n // 4]).reshape(-1, 2).T  # below that, float32 rounding
+    return dict(values=values.tolist(), alpha=found, interval=[found - error, found + error], fewer={m: alpha(every[:m], all_of) for m in (n // 4, n // 2)}, kl=falls,
+                kl_exponent=-float(np.polyfit(np.log(r), np.log(v), 1)[0]) if len(r) > 1 else None)
 
 
 # ----------------------------------------------------------------------------- b: Lingen
@@ -123,21 +131,36 @@ def coefficients(X, Y, ridge):
     return torch.linalg.solve(G + ridge * G.diagonal().mean() * torch.eye(len(G), dtype=torch.double), R.T).T.float()
 
 
-def lingen(ask, targets, basis, futures, cfg):
-    """-> {method: mean KL summed over 1 .. steps (steps,)}"""
+def lingen(ask, targets, basis, futures, cfg, ridges, steps):
+    """ridges {method: values} -> {method: {ridge or tokens: mean KL summed over 1 .. steps (steps,)}}"""
     rng = torch.Generator().manual_seed(cfg.seed)
     empty = [ask(u, 1).flatten(1) for u in (basis, targets)]
     more = [extended(ask, u, futures).flatten(1) for u in (basis, targets)]
-    c = {"Lingen": coefficients(torch.cat([empty[0], more[0]], 1), torch.cat([empty[1], more[1]], 1), cfg.ridge), "one-token": coefficients(*empty, cfg.ridge)}
-    y, sums = targets[:, :0], {n: [] for n in (*c, "short context")}
-    for _ in range(cfg.steps):
+    sides = {"Lingen": [torch.cat(u, 1) for u in zip(empty, more)], "one-token": empty}
+    c = {(n, ridge): coefficients(*sides[n], ridge) for n, values in ridges.items() for ridge in values}
+    y, sums = targets[:, :0], {k: [] for k in (*c, *(("short context", k) for k in numbers(cfg.shorts)))}
+    for _ in range(steps):
         true = ask(torch.cat([targets, y], 1))[:, 0]
         parts = [ask(torch.cat([basis, row.expand(len(basis), -1)], 1))[:, 0] for row in y]       # (m, V) for each target
-        for name, w in c.items():
-            sums[name].append(kl(true, torch.stack([u @ part for u, part in zip(w, parts)])))
-        sums["short context"].append(kl(true, ask(torch.cat([targets[:, targets.size(1) - cfg.short:], y], 1))[:, 0]))
+        for k, w in c.items():
+            sums[k].append(kl(true, torch.stack([u @ part for u, part in zip(w, parts)])))
+        for n, k in sums:
+            if n == "short context":
+                sums[n, k].append(kl(true, ask(torch.cat([targets[:, targets.size(1) - k:], y], 1))[:, 0]))
         y = torch.cat([y, torch.multinomial(true.softmax(-1), 1, generator=rng)], 1)
-    return {n: torch.stack(v).cumsum(0).mean(1).tolist() for n, v in sums.items()}
+    out = {}
+    for (n, k), v in sums.items():
+        out.setdefault(n, {})[k] = torch.stack(v).cumsum(0).mean(1).tolist()
+    return out
+
+
+def continued(ask, tune, targets, basis, futures, cfg):
+    """-> {method: mean KL summed over 1 .. steps}, each regression with the ridge that is best on the targets `tune`; the ridges."""
+    values = numbers(cfg.ridges, float)
+    tried = lingen(ask, tune, basis, futures, cfg, {n: values for n in ("Lingen", "one-token")}, min(5, cfg.steps))
+    best = {n: min(values, key=lambda r: tried[n][r][-1]) for n in ("Lingen", "one-token")}
+    found = lingen(ask, targets, basis, futures, cfg, {n: [r] for n, r in best.items()}, cfg.steps)
+    return {n if n != "short context" else f"last {k} tokens": v for n, u in found.items() for k, v in u.items()}, best
 
 
 # ----------------------------------------------------------------------------- c: learning
@@ -243,8 +266,13 @@ class Learner:
             grown = [b + (z,) for z in range(self.V) for b in self.basis[-1]]
             Phi = self.rows(grown, self.futures[t])
             chosen = pivots(Phi, self.rank, self.tol) or [0]
-            P = Phi[chosen]
-            c = np.linalg.lstsq(P.T, Phi.T, rcond=1e-10)[0].T                                 # (V r, r')
+            for _ in range(20 * len(chosen) + 1):
+                P = Phi[chosen]
+                c = np.linalg.lstsq(P.T, Phi.T, rcond=1e-10)[0].T                             # (V r, r')
+                row, place = np.unravel_index(abs(c).argmax(), c.shape)
+                if abs(c[row, place]) <= self.bound:
+                    break
+                chosen[place] = int(row)                                                      # the volume that they span grows by |c|
             for j in np.flatnonzero(abs(c).max(1) > self.bound):
                 c[j], self.programs = bounded(P, Phi[j], self.bound), self.programs + 1
             A.append(c.reshape(self.V, len(self.basis[-1]), -1).swapaxes(1, 2))
@@ -289,22 +317,20 @@ def worst(learner, true, z):
 
 
 def synthetic(cfg, V=4, N=12):
-    """Random networks of known rank, and a noisy parity, learned from their logits -> rows."""
+    """Random networks of known rank and horizon, and a noisy parity, learned from their logits -> rows."""
     rows = []
-    for rank in [int(r) for r in cfg.ranks.split(",")]:
-        rng = np.random.default_rng([cfg.seed, rank])
-        true = random_network(V, N, rank, rng)
-        rows.append(recovered(f"random, rank {rank}", true, V, N, rank, cfg, rng))
+    for rank, N in [(r, N) for r in numbers(cfg.ranks)] + [(8, n) for n in numbers(cfg.horizons) if (8, n) not in [(r, N) for r in numbers(cfg.ranks)]]:
+        rng = np.random.default_rng([cfg.seed, rank, N])
+        rows.append(recovered(f"random, rank {rank}, {N} tokens", random_network(V, N, rank, rng), V, N, rank, cfg, rng))
     rng = np.random.default_rng([cfg.seed, 0])
-    secret = rng.random(12) < 0.5
-    rows.append(recovered("parity of 12 bits, noise 0.1", noisy_parity(secret, 0.1), 2, 13, 2, cfg, rng))
+    rows.append(recovered("parity of 12 bits, noise 0.1", noisy_parity(rng.random(12) < 0.5, 0.1), 2, 13, 2, cfg, rng))
     return rows
 
 
 def recovered(name, true, V, N, rank, cfg, rng):
     oracle = Oracle(lambda h: true.logits(np.concatenate([h, np.zeros((len(h), 1), int)], 1))[:, -1])
     learner, told = learn(oracle, V, N, rank, 1e-8, cfg.bound, rng)
-    row = dict(name=name, V=V, N=N, rank=rank, queries=len(oracle.known), rounds=len(told), states=max(map(len, learner.basis)), programs=learner.programs,
+    row = dict(name=name, V=V, N=N, rank=rank, queries=len(oracle.known), rounds=len(told), states=max(map(len, learner.basis)), programs=learner.programs, told=told,
                error=max(worst(learner, true, true.sample(500, rng)), worst(learner, true, rng.integers(V, size=(500, N)))))
     print(f"{name}: {row['queries']:,} of {sum(V ** t for t in range(N)):,} possible queries, {row['rounds']} rounds, {row['states']} states, {row['programs']} programs; "
           f"largest error of a logit on new sequences {row['error']:.1e}", flush=True)
@@ -329,29 +355,42 @@ def real(ask, prompt, tokens, cfg):
     for t in range(N):
         p = torch.from_numpy(answer(z)).softmax(-1).numpy().cumsum(1)
         z = np.concatenate([z, (rng.random((len(z), 1)) > p).sum(1).clip(max=V - 1)[:, None]], 1)
-    mine, rows = of(logits(z), z), []
+    told = logits(z)
+    mine, rows = of(told, z), []
 
     def judged(name, l, **more):
-        theirs = of(l, z)
-        rows.append(dict(name=name, kl=float((mine - theirs).mean()), kl_error=1.96 * float((mine - theirs).std() / len(z) ** 0.5), variation=float((1 - np.exp(theirs - mine)).clip(min=0).mean()), **more))
+        theirs, steps = of(l, z), kl(torch.from_numpy(told), torch.from_numpy(l)).sum(1).numpy()   # the sum over steps is the KL of whole sequences
+        rows.append(dict(name=name, kl=float(steps.mean()), kl_error=1.96 * float(steps.std() / len(z) ** 0.5), variation=float((1 - np.exp(theirs - mine)).clip(min=0).mean()), **more))
         r = rows[-1]
         print(f"{name}: " + (f"{r['queries']:,} queries, " if "queries" in r else "") + f"KL {r['kl']:.4f} +- {r['kl_error']:.4f} nats a sequence of {N}, total variation {r['variation']:.3f}", flush=True)
     judged("uniform", np.zeros((len(z), N, V)))
-    judged("next token of the empty history", np.repeat(np.repeat(answer(z[:1, :0])[:, None], N, 1), len(z), 0))
+    first, after = answer(z[:1, :0]), answer(np.arange(V)[:, None])
+    judged("the last token alone", np.concatenate([first[None].repeat(len(z), 0), after[z[:, :-1]]], 1))
     for rank in [int(r) for r in cfg.learned.split(",")]:
         oracle = Oracle(answer)
-        learner, told = learn(oracle, V, N, rank, 1e-3, cfg.bound, np.random.default_rng(cfg.seed), rounds=6)
-        judged(f"rank {rank}", learner.network.logits(z), rank=rank, queries=len(oracle.known), programs=learner.programs, futures=told[-1]["futures"])
+        learner, path = learn(oracle, V, N, rank, 1e-3, cfg.bound, np.random.default_rng(cfg.seed), rounds=6)
+        judged(f"rank {rank}", learner.network.logits(z), rank=rank, queries=len(oracle.known), programs=learner.programs, told=path)
     return rows
 
 
 # ----------------------------------------------------------------------------- the three parts
 
+def numbers(text, kind=int):
+    """"1,2,3" -> [1, 2, 3]; raises UserError unless all are above 0."""
+    try:
+        out = [kind(x) for x in text.split(",")]
+    except ValueError:
+        out = [0]
+    if not all(0 < x < np.inf for x in out):
+        raise UserError(f"found {text!r}, expected {'whole ' * (kind is int)}numbers above 0 with commas between")
+    return out
+
+
 def windows(tokens, n, length, rng):
     """n passages (n, length) at random places of `tokens`, none twice."""
     places = rng.permutation((len(tokens) - 1) // length)[:n]
     if len(places) < n:
-        raise UserError(f"the held-out text has {len(tokens):,} tokens, {n} passages of {length} were asked for; lower --histories, --basis or --length")
+        raise UserError(f"a text has {len(tokens):,} tokens, {n} passages of {length} were asked of it; lower --histories, --targets, --basis or --length")
     return torch.from_numpy(np.stack([tokens[p * length:(p + 1) * length] for p in places]).astype(np.int64))
 
 
@@ -359,53 +398,52 @@ def main(argv):
     cfg = parse_config(RankConfig, argv)
     if not cfg.parts or set(cfg.parts) - set("abc"):
         raise UserError(f"parts={cfg.parts!r}, expected some of a, b and c")
-    if cfg.histories < 16 or min(cfg.length, cfg.futures, cfg.future, cfg.targets, cfg.basis, cfg.steps, cfg.horizon - 1, cfg.alphabet - 1) < 1 or not 1 <= cfg.short <= cfg.length or cfg.ridge <= 0 or cfg.bound < 1:
-        raise UserError("histories must be at least 16, horizon and alphabet 2, the other counts 1, short at most length, ridge above 0 and bound at least 1")
-    try:
-        ranks = [int(r) for r in f"{cfg.ranks},{cfg.learned}".split(",")]
-    except ValueError:
-        ranks = [0]
-    if min(ranks) < 1:
-        raise UserError(f"ranks={cfg.ranks}, learned={cfg.learned}; expected whole numbers above 0 with commas between")
+    if cfg.histories < 16 or min(cfg.length, cfg.futures, cfg.future, cfg.targets, cfg.basis, cfg.steps, cfg.horizon - 1, cfg.alphabet - 1) < 1 or not 1 <= cfg.bound < np.inf:
+        raise UserError("histories must be at least 16, horizon and alphabet 2, the other counts 1, and bound at least 1")
+    for text, kind in ((cfg.ridges, float), (cfg.shorts, int), (cfg.ranks, int), (cfg.horizons, int), (cfg.learned, int)):
+        numbers(text, kind)
+    if max(numbers(cfg.shorts)) > cfg.length or min(numbers(cfg.horizons)) < 2:
+        raise UserError(f"shorts={cfg.shorts} with length {cfg.length}, horizons={cfg.horizons}; expected at most the length, and at least 2")
     if "c" in cfg.parts:
         try:
             import scipy  # noqa: F401
         except ImportError:
             raise UserError("scipy cannot be imported; run: pip install -r experiments/requirements.txt, or leave part c out") from None
     model, ckpt = load_checkpoint(cfg.out_dir, "cpu")
-    if cfg.length + max(cfg.future, cfg.steps, cfg.horizon) > model.config.block_size:
+    if cfg.length + max(n for p, n in zip("abbc", (cfg.future, cfg.future, cfg.steps, cfg.horizon)) if p in cfg.parts) > model.config.block_size:
         raise UserError(f"length {cfg.length} and what follows it do not fit the context of {model.config.block_size} tokens; lower --length")
     folder = dataset_folder(ckpt["train_config"]["dataset"])
     train, val, meta = load_dataset(folder)
-    V, result, told = meta["vocab_size"], dict(options=asdict(cfg), machine=machine()), []
+    gains = load_gains(cfg.gains, model) if cfg.gains else None
+    V, result, told = meta["vocab_size"], kept(cfg.out) | dict(options=asdict(cfg), machine=machine()), []
     rng = np.random.default_rng(cfg.seed)
     histories, futures = windows(val, cfg.histories, cfg.length, rng), windows(train, cfg.futures, cfg.future, rng)
     if "a" in cfg.parts:
         torch.manual_seed(cfg.seed)
         sides = {"PRISM": Ask(model, V), "dense": None, "untrained": Ask(PRISM(model.config), V)}
         sides["dense"] = Ask(load_checkpoint(trained(cfg.dense, *options_of(ckpt), *cfg.train.split(), "--n_proto=0"), "cpu")[0], V)
-        if cfg.gains:
-            sides["PRISM, suppressed"] = Ask(model, V, load_gains(cfg.gains, model))
+        if gains is not None:
+            sides["PRISM, suppressed"] = Ask(model, V, gains)
         result["spectrum"] = {}
         for name, ask in sides.items():
-            x = result["spectrum"][name] = spectrum(extended(ask, histories, futures)) | dict(queries=ask.count)
-            print(f"{name}: alpha {x['alpha']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}]; mean KL " + ", ".join(f"{v:.3f} at rank {r}" for r, v in x["kl"].items())
+            x = result["spectrum"][name] = spectrum(extended(ask, histories, futures), cfg.futures) | dict(queries=ask.count)
+            print(f"{name}: alpha {x['alpha']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}], " + ", ".join(f"{v:.3f} with {m} histories" for m, v in x["fewer"].items()) + "; mean KL " + ", ".join(f"{v:.3f} at rank {r}" for r, v in x["kl"].items())
                   + (f", as r^-{x['kl_exponent']:.2f}" if x["kl_exponent"] else "") + f"; {ask.count:,} queries", flush=True)
         told.append("alpha " + ", ".join(f"{v['alpha']:.3f} {n}" for n, v in result["spectrum"].items()))
         save(cfg.out, result)
         picture(result, Path(cfg.out).with_suffix(".png"))
     if "b" in cfg.parts:
-        ask, targets, basis = Ask(model, V), windows(val, cfg.targets, cfg.length, rng), windows(train, cfg.basis, cfg.length, rng)
+        ask, drawn, basis = Ask(model, V), windows(val, 2 * cfg.targets, cfg.length, rng), windows(train, cfg.basis, cfg.length, rng)
         shuffled = torch.stack([row[torch.from_numpy(rng.permutation(cfg.length))] for row in basis])
-        result["lingen"] = {n: lingen(ask, targets, b, futures, cfg) for n, b in (("same text", basis), ("shuffled", shuffled))} | dict(queries=0)
-        result["lingen"]["queries"] = ask.count
-        for name in ("same text", "shuffled"):
-            print(f"{name}: KL of {cfg.steps} tokens " + ", ".join(f"{n} {v[-1]:.2f}" for n, v in result["lingen"][name].items()), flush=True)
+        result["lingen"] = {}
+        for name, prompts in (("same text", basis), ("shuffled", shuffled)):
+            sums, best = continued(ask, drawn[cfg.targets:], drawn[:cfg.targets], prompts, futures, cfg)
+            result["lingen"][name], result[f"ridges, {name}"] = sums, best
+            print(f"{name}: KL of {cfg.steps} tokens " + ", ".join(f"{n} {v[-1]:.2f}" for n, v in sums.items()) + "; ridges " + ", ".join(f"{n} {r:g}" for n, r in best.items()), flush=True)
         told.append(f"KL of {cfg.steps} tokens: " + ", ".join(f"{n} {v[-1]:.2f}" for n, v in result["lingen"]["same text"].items()))
         save(cfg.out, result)
     if "c" in cfg.parts:
         result["synthetic"] = synthetic(cfg)
-        result["queries_exponent"] = float(np.polyfit(*np.log([(r["rank"], r["queries"]) for r in result["synthetic"][:-1]]).T, 1)[0]) if "," in cfg.ranks else None
         common = np.bincount(val, minlength=V).argsort()[::-1][:cfg.alphabet].copy()
         result["real"] = real(Ask(model, V), histories[:1], common, cfg)
         told.append(f"recovered to {max(r['error'] for r in result['synthetic']):.0e}; the real model at rank {result['real'][-1]['rank']}: KL {result['real'][-1]['kl']:.3f} of {result['real'][0]['kl']:.3f} nats")

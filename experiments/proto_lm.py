@@ -9,13 +9,13 @@
 h_t are the trunk's states of a text's tokens. Attention pools them, alpha = softmax(v tanh(A h_t)), u = sum_t alpha_t V h_t; s_n = cos(u, p_n) for --prototypes p_n, as many for each
 class; logits = scale * W s with W started at +1 for a prototype's own class and -0.5 for the others. Loss: lambda0 ce + lambda1 (1 - mean s of the K own-class prototypes) +
 lambda2 (mean s of the K others), K each the nearest or the farthest. After --project of the epochs, and at the end, each prototype moves onto the pooled state of the nearest training text of its class, so
-that a prediction reads: because it is like these, and for these words; W and the scale are then trained on alone. Our choices where the paper's text leaves them open: V, cosines, a learned scale,
-projection. Plain: the same with u straight into a linear layer, pooled by attention or by the mean.
+that a prediction reads: because it is like these, and for these words; the last layer is then trained on alone, as is that of the others. Our choices where the paper's text leaves them
+open: V, cosines, a learned scale, projection. Plain: the same with u straight into a linear layer, pooled by attention or by the mean.
 
-A token's weight in the predicted class c is its share of the logit above the classes' mean, alpha_t scale sum_n (W_cn - mean_c' W_c'n) (V h_t . p_n) / (|u| |p_n|). Comprehensiveness is what the probability of c loses when the highest
-tokens are taken out of the text, sufficiency what it loses when only they are left (the lower the better); against random tokens, and against the attention of the plain
-classifier, judged on itself. Simulatability: a linear bag of tokens that sees only the explanation (the highest tokens of the text, and of the example whose prototype counts most) learns what the
-classifier answers; told how often it is right on new texts, against one that sees as many random tokens.
+A token's weight in the predicted class c is its share of the logit above the classes' mean, alpha_t scale sum_n (W_cn - mean_c' W_c'n) (V h_t . p_n) / (|u| |p_n|); of the plain classifier, alpha_t
+(W_c - mean_c' W_c') . V h_t. Comprehensiveness is what the probability of c loses when the highest tokens are taken out of the text, sufficiency what it loses
+when only they are left (the lower the better), each classifier judged on itself: by its shares, by its attention, by random tokens. Simulatability: a linear bag of tokens that sees only the
+highest fifth of the tokens learns what the classifier answers; told is how often it is right on new texts, against one that sees as many random tokens.
 """
 import copy
 import csv
@@ -33,7 +33,7 @@ import torch.nn.functional as F  # noqa: E402
 from common import machine, save  # noqa: E402
 from torch import nn  # noqa: E402
 
-from prism import UserError, atomic, dataset_folder, load_checkpoint, load_dataset, load_tensors, load_tokenizer, parse_config, run_main  # noqa: E402
+from prism import UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_tensors, load_tokenizer, parse_config, run_main  # noqa: E402
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ProtoConfig:
     project: float = 0.7          # share of the epochs after which prototypes are first moved onto examples
     learning_rate: float = 2e-3   # of the classifier; the trunk learns at a tenth
     seeds: int = 3                # of every classifier
-    sweep: bool = True            # over N, K and the lambdas, one seed, frozen
+    sweep: bool = True            # over N, K and the lambdas, one seed, frozen, judged on held-out training texts
     convert: str = ""             # only convert files of sst2, sst5, imdb, qnli, mnli, rte or wnli
     files: str = ""               # its file (imdb: folder with pos/ and neg/)
     to: str = ""                  # .jsonl that is written
@@ -72,8 +72,14 @@ COLUMNS = {"sst2": ("sentence", "", "label"), "qnli": ("question", "sentence", "
 
 
 def converted(task, path):
-    """Yields {"text", "label"} of the released files of a task."""
-    path = Path(path)
+    """-> a list of {"text", "label"} of the released files of a task."""
+    try:
+        return list(released(task, Path(path)))
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} cannot be read ({e}); expected the {task} file as it was released, in UTF-8") from None
+
+
+def released(task, path):
     if task in COLUMNS:
         first, second, label = COLUMNS[task]
         with open(path, encoding="utf-8", newline="") as f:
@@ -105,28 +111,38 @@ def labelled(path):
     """The rows of a .jsonl file of {"text", "label"}."""
     rows = []
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({e}); expected a .jsonl file in UTF-8") from None
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            assert isinstance(row["text"], str) and row["text"].strip() and isinstance(row["label"], (str, int))
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise UserError(f'{path}:{n}: found {line[:60]}; expected {{"text": "...", "label": "..."}} with a text that is not empty') from None
-        rows.append(row)
+            text, label = row["text"], row["label"]
+            f"{text}{label}".encode()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = label = None
+        if not isinstance(text, str) or not text.strip() or not isinstance(label, (str, int)):
+            raise UserError(f'{path}:{n}: found {line[:60]!r}; expected {{"text": "...", "label": "..."}} with a text that is not empty')
+        rows.append(dict(text=text, label=str(label)))
+    if not rows:
+        raise UserError(f"{path} holds no text")
     return rows
 
 
 def passages(folder, cfg, rng):
     """A prepared dataset's passages of cfg.length tokens, classes its sources -> tokens, labels of training and held-out documents, names. Documents are in one of the two."""
     train, val, _ = load_dataset(folder)
-    rows = json.loads((folder / "docs.json").read_text("utf-8"))
     found = {}
-    for x in rows:
-        text = train if x["split"] == "train" else val
-        for at in range(x["start"], x["start"] + x["length"] - cfg.length, cfg.length):
-            found.setdefault((x["split"], x["source"]), []).append(text[at:at + cfg.length].astype(np.int64))
+    try:
+        rows = [(x["split"], str(x["source"]), int(x["start"]), int(x["length"])) for x in json.loads((folder / "docs.json").read_text("utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder}/docs.json is missing or damaged ({type(e).__name__} {e}); prepare the dataset again") from None
+    for split, source, start, length in rows:
+        text = train if split == "train" else val
+        for at in range(start, start + length - cfg.length, cfg.length):
+            found.setdefault((split, source), []).append(text[at:at + cfg.length].astype(np.int64))
     names = sorted(s for split, s in found if split == "train" and len(found["train", s]) >= 20 and len(found.get(("val", s), ())) >= 5)
     if len(names) < 2:
         raise UserError(f"{folder}: {len(names)} sources have 20 passages of {cfg.length} tokens to train and 5 to test on, expected at least two; lower --length, or give --train and --test")
@@ -176,20 +192,25 @@ class Classifier(nn.Module):
     def forward(self, h, mask):
         """-> logits (B, C), similarities (B, N) or None, alpha (B, T)"""
         u, alpha = self.pool(h, mask)
+        return *self.answer(u), alpha
+
+    def answer(self, u):
+        """Pooled u (B, d) -> logits (B, C), similarities (B, N) or None"""
         if not len(self.prototypes):
-            return self.linear(u), None, alpha
+            return self.linear(u), None
         s = F.normalize(u, dim=1) @ F.normalize(self.prototypes, dim=1).T
-        return self.scale * s @ self.last.T, s, alpha
+        return self.scale * s @ self.last.T, s
 
     def weights(self, h, mask):
-        """-> of each token its share of the predicted class's logit (B, T); of plain attention, alpha; the class (B,)."""
-        logits, s, alpha = self(h, mask)
+        """-> of each token its share of the predicted class's logit above the classes' mean (B, T), without the linear layer's bias; the class (B,)."""
+        logits, _, alpha = self(h, mask)
         c = logits.argmax(1)
-        if s is None:
-            return alpha, c
-        u = self.V(torch.einsum("bt,btd->bd", alpha, h))
-        toward = (self.last[c] - self.last.mean(0)) @ F.normalize(self.prototypes, dim=1)     # (B, d)
-        return self.scale * alpha * torch.einsum("btd,bd->bt", self.V(h), toward) / u.norm(dim=1, keepdim=True), c
+        if len(self.prototypes):
+            u = self.V(torch.einsum("bt,btd->bd", alpha, h))
+            toward = self.scale * (self.last[c] - self.last.mean(0)) @ F.normalize(self.prototypes, dim=1) / u.norm(dim=1, keepdim=True)
+        else:
+            toward = self.linear.weight[c] - self.linear.weight.mean(0)                       # (B, d)
+        return alpha * torch.einsum("btd,bd->bt", self.V(h), toward), c
 
 
 def loss_of(clf, h, mask, y, cfg):
@@ -213,6 +234,12 @@ class Texts:
     def __init__(self, model, sequences, y, length):
         self.sequences, self.y, (self.idx, self.mask) = [np.asarray(s)[-length:] for s in sequences], y, padded(sequences, length)
         self.h = states(model, self.idx)
+
+    def some(self, at):
+        """The texts of the numbers `at` alone."""
+        part = copy.copy(self)
+        part.sequences, part.y, part.idx, part.mask, part.h = [self.sequences[j] for j in at.tolist()], self.y[at], self.idx[at], self.mask[at], self.h[at]
+        return part
 
 
 @torch.no_grad()
@@ -268,18 +295,17 @@ def run(clf, texts, cfg, rng, epochs, hidden, groups, every):
             opt.step()
         if len(clf.prototypes) and (epoch + 1 >= cfg.project * epochs or epoch + 1 == epochs):
             project(clf, texts, every())
-    if len(clf.prototypes):
-        settle(clf, texts, every())
+    settle(clf, texts, every())
 
 
 def settle(clf, texts, h, steps=200):
-    """W and the scale alone, on the similarities to the examples, all texts at once: prototypes stay where they are."""
+    """The last layer alone, all texts at once: prototypes stay on their examples."""
     with torch.no_grad():
-        s = torch.cat([clf(a, m)[1] for a, m in zip(h.split(256), texts.mask.split(256))])
-    opt = torch.optim.AdamW([clf.last, clf.scale], 0.02, weight_decay=0.0)
+        u = torch.cat([clf.pool(a, m)[0] for a, m in zip(h.split(256), texts.mask.split(256))])
+    opt = torch.optim.AdamW([clf.last, clf.scale] if len(clf.prototypes) else clf.linear.parameters(), 0.02 if len(clf.prototypes) else 2e-3, weight_decay=0.0)
     for _ in range(steps):
         opt.zero_grad()
-        F.cross_entropy(clf.scale * s @ clf.last.T, texts.y).backward()
+        F.cross_entropy(clf.answer(u)[0], texts.y).backward()
         opt.step()
 
 
@@ -313,9 +339,12 @@ def faithful(model, clf, texts, order, shares=(0.1, 0.2, 0.3, 0.5)):
 
 
 @torch.no_grad()
-def orders(clf, texts):
-    """Each text's token places by weight, largest first; the answers (n,)."""
-    w, c = (torch.cat(u) for u in zip(*(clf.weights(a, m) for a, m in zip(texts.h.split(256), texts.mask.split(256)))))
+def orders(clf, texts, by="share"):
+    """Each text's token places, by share of the logit or by attention, largest first; the answers (n,)."""
+    parts = list(zip(texts.h.split(256), texts.mask.split(256)))
+    w, c = (torch.cat(u) for u in zip(*(clf.weights(h, m) for h, m in parts)))
+    if by == "attention":
+        w = torch.cat([clf.pool(h, m)[1] for h, m in parts])
     return [row[:len(s)].argsort(descending=True).numpy() for row, s in zip(w, texts.sequences)], c
 
 
@@ -338,26 +367,14 @@ def simulated(train, test, V, seed, steps=150):
 
 
 def simulatability(clf, train, test, V, seed, share=0.2):
-    """-> agreement with the classifier of simulators that see the explanation's words, these and the example's, or as many random words."""
+    """-> agreement with the classifier of simulators that see its highest tokens, or as many random ones."""
     rng = np.random.default_rng(seed)
-    seen = {"random words": [], "words": [], "words and example": []}
-    best = orders(clf, train)[0]
-    said = []
-    for texts in (train, test):
-        order, c = orders(clf, texts)
-        said.append(c)
-        with torch.no_grad():
-            s = torch.cat([clf(a, m)[1] for a, m in zip(texts.h.split(256), texts.mask.split(256))])
-        top = (clf.last[c] * s).masked_fill(clf.example[None] < 0, -torch.inf).argmax(1)      # the prototype that says most for the answer
-        bags = {n: [] for n in seen}
-        for k, (q, o) in enumerate(zip(texts.sequences, order)):
-            n, e = max(1, round(share * len(q))), int(clf.example[top[k]])
-            bags["words"].append(q[o[:n]])
-            bags["words and example"].append(np.concatenate([q[o[:n]], train.sequences[e][best[e][:n]]]))
-            bags["random words"].append(q[rng.permutation(len(q))[:n]])
-        for n in seen:
-            seen[n].append(bags[n])
-    return {n: simulated((a, said[0]), (b, said[1]), V, seed) for n, (a, b) in seen.items()}
+
+    def seen(texts, order):
+        return [q[o[:max(1, round(share * len(q)))]] for q, o in zip(texts.sequences, order)]
+    sides = [(texts, *orders(clf, texts)) for texts in (train, test)]
+    return {name: simulated(*((seen(texts, order if name == "words" else [rng.permutation(len(q)) for q in texts.sequences]), c) for texts, order, c in sides), V, seed)
+            for name in ("words", "random words")}
 
 
 # ----------------------------------------------------------------------------- the page
@@ -365,9 +382,13 @@ def simulatability(clf, train, test, V, seed, share=0.2):
 def page(text_tokens, weights, c, tops, names, tokenizer):
     """HTML: the text with its tokens' weights, and the examples that it is like. All text is escaped."""
     def spans(tokens, w):
-        size, out = max(abs(w).max(), 1e-9), []
+        size, out, left = max(abs(w).max(), 1e-9), [], b""
         for t, x in zip(tokens, w):
-            word = html.escape(tokenizer.decode([int(t)])).replace("\n", "<br>")
+            left += tokenizer.decode_single_token_bytes(int(t))
+            try:
+                word, left = html.escape(left.decode("utf-8")).replace("\n", "<br>"), b""         # a character may span tokens
+            except UnicodeDecodeError as e:
+                word, left = ("", left) if e.reason == "unexpected end of data" else (html.escape(left.decode("utf-8", "replace")), b"")
             level = min(3, int(4 * abs(x) / size))
             out.append(f'<span class="w{level} {"for" if x >= 0 else "against"}" title="{x:+.3f}">{word}</span>')
         return "".join(out)
@@ -385,7 +406,11 @@ def explain(cfg):
     if not path.exists():
         raise UserError(f"{path} is not there; run python experiments/proto_lm.py first")
     kept = load_tensors(path)
+    if not isinstance(kept, dict) or not {"classifier", "names", "out_dir", "model", "length", "examples"} <= kept.keys():
+        raise UserError(f"{path} is no classifier of proto_lm.py; remove it and run python experiments/proto_lm.py")
     model, _ = load_checkpoint(kept["out_dir"], "cpu")
+    if fingerprint(model.state_dict()) != kept["model"]:
+        raise UserError(f"{kept['out_dir']} holds other weights than {path} was made for; run python experiments/proto_lm.py again")
     tokenizer = load_tokenizer(kept["out_dir"])
     clf = Classifier(model.config.n_embd, len(kept["names"]), len(kept["classifier"]["prototypes"]))
     clf.load_state_dict(kept["classifier"])
@@ -400,15 +425,16 @@ def explain(cfg):
         return clf.weights(h, mask)[0][0].numpy(), clf(h, mask)
     w, (logits, s, _) = weighed(tokens)
     c = int(logits[0].argmax())
-    share = clf.scale * clf.last[c] * s[0]
-    tops = []
-    for n in share.masked_fill(clf.example < 0, -torch.inf).argsort(descending=True)[:3].tolist():
+    share = clf.scale * (clf.last[c] - clf.last.mean(0)) * s[0]                               # of the logit above the classes' mean
+    tops, spoken = [], (clf.example >= 0) & (share > 0) & (s[0] > 0)
+    for n in [n for n in share.argsort(descending=True).tolist() if spoken[n]][:3]:
         example = kept["examples"][n].tolist()
         tops.append((s[0, n].item(), share[n].item(), int(clf.owner[n]), example, weighed(example)[0]))
     out = Path(cfg.keep) / "page.html"
     with atomic(out, "w", encoding="utf-8") as f:
         f.write(page(tokens, w, c, tops, kept["names"], tokenizer))
-    print(f"read as {kept['names'][c]!r} (probability {logits.softmax(-1)[0, c]:.2f}), because it is like a text of {kept['names'][tops[0][2]]!r}: {tokenizer.decode(tops[0][3])[:80]!r}; {out}")
+    like = f", because it is like a text of {kept['names'][tops[0][2]]!r}: {tokenizer.decode(tops[0][3])[:80]!r}" if tops else "; no example speaks for it"
+    print(f"read as {kept['names'][c]!r} (probability {logits.softmax(-1)[0, c]:.2f}){like}; {out}")
 
 
 # ----------------------------------------------------------------------------- the comparison
@@ -418,12 +444,14 @@ def main(argv):
     if cfg.convert:
         if not cfg.files or not cfg.to:
             raise UserError("give --files=WHAT WAS RELEASED and --to=FILE.jsonl")
-        rows = list(converted(cfg.convert, cfg.files))
+        rows = converted(cfg.convert, cfg.files)
         with atomic(cfg.to, "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r) + "\n" for r in rows)
         return print(f"{cfg.to}: {len(rows)} texts, {len({r['label'] for r in rows})} classes")
-    if cfg.explain:
+    if any(w.startswith("--explain") for w in argv):
         return explain(cfg)
+    if not all(map(np.isfinite, (cfg.lambda0, cfg.lambda1, cfg.lambda2, cfg.learning_rate, cfg.project))) or cfg.learning_rate <= 0 or not 0 <= cfg.project <= 1:
+        raise UserError("the lambdas must be finite, learning_rate above 0, project 0 to 1")
     if {cfg.own, cfg.other} - {"nearest", "farthest"} or min(cfg.length - 1, cfg.most, cfg.near, cfg.epochs, cfg.seeds) < 1 or min(cfg.prototypes, cfg.tune_epochs, cfg.lambda0, cfg.lambda1, cfg.lambda2) < 0:
         raise UserError("own and other must be nearest or farthest; length at least 2, most, near, epochs and seeds at least 1, prototypes, tune_epochs and the lambdas at least 0")
     model, ckpt = load_checkpoint(cfg.out_dir, "cpu")
@@ -433,22 +461,25 @@ def main(argv):
         if not (cfg.train and cfg.test):
             raise UserError("give both --train and --test")
         sides = [labelled(cfg.train), labelled(cfg.test)]
-        names = sorted({str(r["label"]) for r in sides[0]})
+        names = sorted({r["label"] for r in sides[0]})
         if len(names) < 2:
             raise UserError(f"{cfg.train}: one class alone, {names[0] if names else 'no text'}; expected at least two")
-        if extra := {str(r["label"]) for r in sides[1]} - set(names):
+        if extra := {r["label"] for r in sides[1]} - set(names):
             raise UserError(f"{cfg.test}: the class {sorted(extra)[0]!r} is not in {cfg.train}, which has {', '.join(names)}")
         data = []
         for rows in sides:
-            data += [[tokenizer.encode_ordinary(r["text"]) for r in rows], torch.tensor([names.index(str(r["label"])) for r in rows])]
+            data += [[tokenizer.encode_ordinary(r["text"]) for r in rows], torch.tensor([names.index(r["label"]) for r in rows])]
         a, ya, b, yb = data
     else:
-        a, ya, b, yb, names = passages(dataset_folder(cfg.dataset or ckpt["train_config"]["dataset"]), cfg, rng)
+        folder = dataset_folder(cfg.dataset or ckpt["train_config"]["dataset"])
+        if (folder / "tokenizer.tiktoken").read_bytes() != (Path(cfg.out_dir) / "tokenizer.tiktoken").read_bytes():
+            raise UserError(f"{folder} has another tokenizer than {cfg.out_dir}; prepare it with --tokenizer={ckpt['train_config']['dataset']}")
+        a, ya, b, yb, names = passages(folder, cfg, rng)
     train, test, C = Texts(model, a, ya, length), Texts(model, b, yb, length), len(names)
     N = cfg.prototypes or 4 * C
     if N % C or cfg.near > N // C:
         raise UserError(f"prototypes is {N} and near {cfg.near} with {C} classes; expected a multiple of {C}, and near at most the number of a class")
-    result = dict(options=asdict(cfg), machine=machine(), classes=names, texts=[len(ya), len(yb)], chance=float(torch.bincount(yb).max() / len(yb)), accuracy={}, faithful={}, simulatability=[])
+    result = dict(options=asdict(cfg), machine=machine(), classes=names, texts=[len(ya), len(yb)], chance=float(torch.bincount(yb).max() / len(yb)), accuracy={}, faithful={}, simulatability={})
     print(f"{len(ya):,} texts of {C} classes to train on, {len(yb):,} to test on; the commonest class is {result['chance']:.1%}", flush=True)
 
     def tell(name, values):
@@ -467,36 +498,39 @@ def main(argv):
                 values.append(accuracy(answers(trunk, clf, test, states(trunk, test.idx)), yb))
             tell(f"{name}, unfrozen", values)
             save(cfg.out, result)
-    for seed, (clf, plain) in enumerate(zip(made["prototypes"], made["linear on attention"]), 1):
-        shuffled = [np.random.default_rng([seed, n]).permutation(len(s)) for n, s in enumerate(test.sequences)]
-        for name, who, order in (("prototypes", clf, orders(clf, test)[0]), ("random words", clf, shuffled), ("plain attention", plain, orders(plain, test)[0]), ("random words, plain", plain, shuffled)):
-            result["faithful"].setdefault(name, []).append(faithful(model, who, test, order))
-        result["simulatability"].append(simulatability(clf, train, test, model.config.vocab_size, seed))
-        save(cfg.out, result)
+    for name, label in (("prototypes", "prototypes"), ("linear on attention", "plain")):
+        for seed, clf in enumerate(made[name], 1):
+            shuffled = [np.random.default_rng([seed, n]).permutation(len(s)) for n, s in enumerate(test.sequences)]
+            for by, order in (("share", orders(clf, test)[0]), ("attention", orders(clf, test, "attention")[0]), ("random", shuffled)):
+                result["faithful"].setdefault(f"{label}, {by}", []).append(faithful(model, clf, test, order))
+            for n, v in simulatability(clf, train, test, model.config.vocab_size, seed).items():
+                result["simulatability"].setdefault(f"{label}, {n}", []).append(v)
+            save(cfg.out, result)
     for name, runs in result["faithful"].items():
         print(f"{name}: " + "; ".join(f"{k} " + ", ".join(f"{v:.3f}" for v in np.mean([r[k] for r in runs], 0)) for k in ("comprehensiveness", "sufficiency")) + f" at {runs[0]['shares']}", flush=True)
-    print("a simulator that sees " + ", ".join(f"{n} agrees on {np.mean([r[n] for r in result['simulatability']]):.1%}" for n in result["simulatability"][0]), flush=True)
+    print("simulators agree: " + ", ".join(f"{n} {np.mean(v):.1%}" for n, v in result["simulatability"].items()), flush=True)
     if cfg.sweep:
-        result["sweep"] = swept(model, train, test, C, cfg)
+        result["sweep"] = swept(model, train, C, cfg)
         save(cfg.out, result)
         picture(result, Path(cfg.out).with_suffix(".png"))
     clf = made["prototypes"][0]
     examples = [torch.as_tensor(train.sequences[e].astype(np.int64)) if e >= 0 else torch.zeros(0, dtype=torch.long) for e in clf.example.tolist()]
     with atomic(Path(cfg.keep) / "classifier.pt") as f:
-        torch.save(dict(classifier=clf.state_dict(), names=names, out_dir=str(cfg.out_dir), length=length, examples=examples), f)
+        torch.save(dict(classifier=clf.state_dict(), model=fingerprint(model.state_dict()), names=names, out_dir=str(cfg.out_dir), length=length, examples=examples), f)
     best = {n: np.mean(v) for n, v in result["accuracy"].items()}
     print(f"prototypes {best['prototypes, frozen']:.1%} against linear on attention {best['linear on attention, frozen']:.1%} and on the mean {best['linear on the mean, frozen']:.1%}, frozen"
           + (f"; {best['prototypes, unfrozen']:.1%} against {best['linear on attention, unfrozen']:.1%} unfrozen" if cfg.tune_epochs else "") + f"; {cfg.seeds} seeds, {C} classes")
 
 
-def swept(model, train, test, C, cfg):
-    """Accuracies over N a class, K, and each lambda, the others as they are -> {name: {value: accuracy}}"""
-    out = {}
+def swept(model, train, C, cfg):
+    """Accuracies over N a class, K, and each lambda, the others as they are, on a fifth of the training texts that is held out for this -> {name: {value: accuracy}}"""
+    drawn, out = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(1)), {}
+    train, test = train.some(drawn[len(drawn) // 5:]), train.some(drawn[:len(drawn) // 5])
     for name, values, change in (("prototypes a class", (1, 2, 4, 8), lambda v: dict(n=v, near=min(v, cfg.near))), ("K", (1, 2, 4), lambda v: dict(near=v)),
                                  ("lambda1, cohesion", (0.0, 0.1, 0.3, 1.0), lambda v: dict(lambda1=v)), ("lambda2, separation", (0.0, 0.1, 0.3, 1.0), lambda v: dict(lambda2=v))):
         for v in values:
             new, options = copy.copy(cfg), change(v)
-            n = options.pop("n", max(4, (cfg.prototypes or 4 * C) // C))
+            n = options.pop("n", max((cfg.prototypes or 4 * C) // C, options.get("near", 1)))
             for k, u in options.items():
                 setattr(new, k, u)
             clf = fitted(model, train, C, new, 1, prototypes=n * C)
@@ -512,17 +546,14 @@ def picture(result, path):
     fig, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
     for ax, (name, values) in zip(axes[0], result["sweep"].items()):
         ax.plot([str(v) for v in values], [100 * a for a in values.values()], "o-", color="#0072B2")
-        ax.axhline(100 * np.mean(result["accuracy"]["linear on attention, frozen"]), color="#E69F00", linestyle="--", label="linear on attention")
-        ax.set(xlabel=name, ylabel="accuracy, %")
-        ax.legend(fontsize=8)
+        ax.set(xlabel=name, ylabel="accuracy on held-out training texts, %")
     for ax, kind in zip(axes[1], ("comprehensiveness", "sufficiency")):
-        for (name, runs), color, dash in zip(result["faithful"].items(), ("#0072B2", "#56B4E9", "#E69F00", "#F0E442"), ("-", ":", "-", ":")):
+        for (name, runs), color, dash in zip(result["faithful"].items(), ("#0072B2", "#0072B2", "#0072B2", "#E69F00", "#E69F00", "#E69F00"), ("-", "--", ":") * 2):
             ax.plot([100 * s for s in runs[0]["shares"]], np.mean([r[kind] for r in runs], 0), dash, marker="o", color=color, label=name)
         ax.set(xlabel="tokens, %", ylabel=f"{kind}, probability")
         ax.legend(fontsize=8)
-    names = list(result["simulatability"][0])
-    axes[1][2].bar(names, [100 * np.mean([r[n] for r in result["simulatability"]]) for n in names], color="#0072B2")
-    axes[1][2].set(ylabel="simulator agrees, %")
+    axes[1][2].barh(list(result["simulatability"]), [100 * np.mean(v) for v in result["simulatability"].values()], color="#0072B2")
+    axes[1][2].set(xlabel="simulator agrees, %")
     axes[1][3].axis("off")
     with atomic(path) as f:
         fig.savefig(f, dpi=110, format="png")

@@ -50,10 +50,23 @@ def test_a_noisy_parity_says_so():
 
 @pytest.mark.parametrize("rank,V,N", [(1, 2, 4), (5, 3, 7), (32, 3, 9)])
 def test_networks_are_recovered_from_their_logits_alone(rank, V, N):
+    pytest.importorskip("scipy")
     rng = np.random.default_rng(rank)
     true = logit_rank.random_network(V, N, rank, rng)
     row = logit_rank.recovered("it", true, V, N, rank, logit_rank.RankConfig(), rng)
-    assert row["error"] < 1e-6 and row["states"] <= rank and row["queries"] <= sum(V ** t for t in range(N))
+    assert row["error"] < 1e-6 and row["told"][-1]["error"] < 1e-8 and row["told"][-1]["queries"] == row["queries"]
+
+
+def test_bounded_coefficients_keep_recovery_exact_and_the_program_steps_in_where_the_rank_is_too_small():
+    rng = np.random.default_rng(1)
+    true = logit_rank.random_network(3, 7, 6, rng)
+    oracle = logit_rank.Oracle(lambda h: true.logits(np.concatenate([h, np.zeros((len(h), 1), int)], 1))[:, -1])
+    learner, _ = logit_rank.learn(oracle, 3, 7, 6, 1e-8, 1.2, rng)
+    assert logit_rank.worst(learner, true, rng.integers(3, size=(200, 7))) < 1e-6 and not learner.programs
+    assert max(abs(A).max() for A in learner.network.A) <= 1.2 + 1e-9                            # by exchange alone
+    pytest.importorskip("scipy")
+    learner, _ = logit_rank.learn(oracle, 3, 7, 2, 1e-8, 1.0, rng, rounds=3)
+    assert learner.programs and max(abs(A).max() for A in learner.network.A) <= 1 + 1e-9
 
 
 def test_a_parity_is_recovered_with_fewer_queries_than_it_has_histories():
@@ -85,42 +98,68 @@ def test_exponents_and_ranks_of_a_known_matrix():
     rng = np.random.default_rng(0)
     U, V = np.linalg.qr(rng.standard_normal((32, 32)))[0], np.linalg.qr(rng.standard_normal((80, 80)))[0][:, :32]
     X = torch.from_numpy(U * 30 * np.arange(1.0, 33) ** -0.7 @ V.T).float().view(32, 10, 8)
-    x = logit_rank.spectrum(X, (1, 31))
+    x = logit_rank.spectrum(X, 5, (1, 31))
     values = np.linalg.svd(X.flatten(1).numpy(), compute_uv=False)
-    assert x["values"] == pytest.approx(values, rel=1e-3) and x["interval"][0] < x["alpha"] < x["interval"][1] and x["alpha"] == pytest.approx(0.7, abs=1e-3)
+    assert x["values"] == pytest.approx(values, rel=1e-3) and x["alpha"] == pytest.approx(0.7, abs=1e-3)
+    assert x["fewer"].keys() == {8, 16}
     assert x["kl"][1] > 100 * x["kl"][31]
+    flat = X.flatten(1).double().numpy()
+
+    def alpha(M):
+        return logit_rank.exponent(np.linalg.svd(M, compute_uv=False), min(4, len(M) // 8), max(len(M) // 4, 3))
+    histories = [alpha(np.delete(flat, np.arange(g, 32, 8), 0)) for g in range(8)]
+    passages = [alpha(np.delete(flat.reshape(32, 5, 16), g, 1).reshape(32, -1)) for g in range(5)]
+    error = 2.36 * np.sqrt(7 / 8 * ((np.array(histories) - np.mean(histories)) ** 2).sum() + 4 / 5 * ((np.array(passages) - np.mean(passages)) ** 2).sum())
+    assert x["interval"] == pytest.approx([x["alpha"] - error, x["alpha"] + error], rel=1e-4)
 
 
 def test_lingen_finds_a_target_among_its_basis():
     model = tiny(torch.float32, block_size=16)
     ask, rng = logit_rank.Ask(model, 9), np.random.default_rng(0)
-    basis, cfg = torch.from_numpy(rng.integers(9, size=(6, 5))), logit_rank.RankConfig(steps=4, short=1, ridge=1e-9)
+    basis, cfg = torch.from_numpy(rng.integers(9, size=(6, 5))), logit_rank.RankConfig(steps=4, shorts="1,5", ridges="1e-9,1e3", seed=2)
     futures = torch.from_numpy(rng.integers(9, size=(2, 3)))
     l = ask(basis, 2)
     assert ask.count == 12 and l.mean(-1).abs().max() < 1e-5 and (l[:, 1] - (model(basis)[0][:, 0, :9] - model(basis)[0][:, 0, :9].mean(-1, keepdim=True))).abs().max() < 1e-5
     X = logit_rank.extended(ask, basis, futures)
     whole = torch.cat([basis[2], futures[1, :2]])[None]
     assert X.shape == (6, 6, 9) and (X[2, 4] - ask(whole)[0, 0]).abs().max() < 1e-5             # after two tokens of the second future
-    sums = logit_rank.lingen(ask, basis[1:3], basis, futures, cfg)
-    assert sums["Lingen"][-1] < 1e-4 < sums["short context"][-1] and sums.keys() == {"Lingen", "one-token", "short context"}
+    targets = torch.from_numpy(rng.integers(9, size=(2, 5)))
+    sums = logit_rank.lingen(ask, targets, basis, futures, cfg, {"Lingen": [1e-9], "one-token": [0.1]}, 3)
+    Y, want, drawn, generator = logit_rank.extended(ask, targets, futures), {}, targets[:, :0], torch.Generator().manual_seed(2)
+    c = {"Lingen": [torch.cat([u.flatten(1), v.flatten(1)], 1).double() for u, v in ((ask(basis), X), (ask(targets), Y))], "one-token": [ask(basis)[:, 0].double(), ask(targets)[:, 0].double()]}
+    c = {n: v @ u.T @ torch.linalg.inv(u @ u.T + ridge * (u @ u.T).diagonal().mean() * torch.eye(6)) for (n, (u, v)), ridge in zip(c.items(), (1e-9, 0.1))}
+    for _ in range(3):
+        true = ask(torch.cat([targets, drawn], 1))[:, 0]
+        for n in ("Lingen", "one-token", "short context"):
+            for t in range(2):
+                told = sum(c[n][t, i].float() * ask(torch.cat([basis[i], drawn[t]])[None])[0, 0] for i in range(6)) if n in c else ask(torch.cat([targets[t, -1:], drawn[t]])[None])[0, 0]
+                want[n] = want.get(n, 0) + logit_rank.kl(true[t], told).item() / 2
+        drawn = torch.cat([drawn, torch.multinomial(true.softmax(-1), 1, generator=generator)], 1)
+    assert [sums["Lingen"][1e-9][-1], sums["one-token"][0.1][-1], sums["short context"][1][-1]] == pytest.approx(list(want.values()), rel=1e-2)
+    assert sums["short context"][5][-1] < 1e-6
+    found, best = logit_rank.continued(ask, targets, basis[1:3], basis, futures, cfg)
+    assert found["Lingen"][-1] < 1e-4 < found["last 1 tokens"][-1] and found.keys() == {"Lingen", "one-token", "last 1 tokens", "last 5 tokens"} and best["Lingen"] == 1e-9
     p, q = torch.randn(2, 3, 5)
     assert logit_rank.kl(p, q)[1].item() == pytest.approx(sum(a * np.log(a / b) for a, b in zip(p[1].softmax(0).tolist(), q[1].softmax(0).tolist())), abs=1e-5)
 
 
 def test_logit_rank_in_its_smallest_form(made, tmp_path, capsys, monkeypatch):
     pytest.importorskip("scipy")
-    words = [f"--out_dir={made}", f"--dense={made}", "--histories=16", "--length=4", "--futures=2", "--future=2", "--targets=2", "--basis=4", "--steps=3", "--short=2",
-             "--ranks=2,4", "--alphabet=2", "--horizon=4", "--learned=1,8", f"--out={tmp_path}/l.json"]
+    words = [f"--out_dir={made}", f"--dense={made}", "--histories=16", "--length=4", "--futures=2", "--future=2", "--targets=2", "--basis=4", "--steps=3", "--shorts=2,4",
+             "--ranks=2,8", "--horizons=4", "--alphabet=2", "--horizon=4", "--learned=1,8", f"--out={tmp_path}/l.json"]
     monkeypatch.setattr(logit_rank, "trained", lambda out, *options: out)
     logit_rank.main(words)
     result = json.loads((tmp_path / "l.json").read_text())
     assert result["spectrum"].keys() == {"PRISM", "dense", "untrained"} and (tmp_path / "l.png").exists()
     assert result["spectrum"]["PRISM"]["values"] == result["spectrum"]["dense"]["values"] and result["spectrum"]["PRISM"]["queries"] == 16 * 2 * 2
     best = result["real"][-1]                                                                      # 2 tokens, horizon 4: 8 states at most
-    assert 0 < result["queries_exponent"] < 3
-    assert best["kl"] == pytest.approx(0, abs=1e-3) and best["variation"] < 1e-2 and best["queries"] <= 15
+    assert [r["name"] for r in result["synthetic"]] == ["random, rank 2, 12 tokens", "random, rank 8, 12 tokens", "random, rank 8, 4 tokens", "parity of 12 bits, noise 0.1"]
+    assert best["kl"] == pytest.approx(0, abs=1e-3) and best["variation"] < 1e-2 and best["queries"] == 15
     assert capsys.readouterr().out.splitlines()[-1].startswith("alpha ")
-    for wrong, message in (("--parts=x", "parts='x'"), ("--ranks=a", "ranks=a"), ("--length=15", "do not fit the context of 16"), ("--histories=99", "lower --histories"), ("--histories=3", "at least 16")):
+    logit_rank.main([*words, "--parts=b"])
+    assert json.loads((tmp_path / "l.json").read_text())["real"] == result["real"]                # what other parts found stays
+    for wrong, message in (("--parts=x", "parts='x'"), ("--ranks=a", "whole numbers"), ("--ridges=nan", "numbers above 0"), ("--length=15", "do not fit the context of 16"), ("--histories=99", "lower --histories"),
+                           ("--histories=3", "at least 16"), ("--shorts=9", "at most the length"), ("--bound=inf", "bound at least 1")):
         with pytest.raises(logit_rank.UserError, match=message):
             logit_rank.main([*words, wrong])
 
@@ -150,6 +189,10 @@ def test_prototype_classifier_against_plain_loops():
         out = torch.stack([clf.scale * sum(clf.last[c, k] * want[k] for k in range(6)) for c in range(3)])
         assert (logits[b] - out).abs().max() < 1e-9 and answer[b] == out.argmax()
         assert weights[b].sum().item() == pytest.approx((out.max() - out.mean()).item()) and not weights[b, n:].any()  # shares add up to the logit
+    plain, _, _ = a_classifier(0)
+    shares, c = plain.weights(h, mask)
+    l = plain(h, mask)[0] - plain.linear.bias
+    assert (shares.sum(1) - (l.gather(1, c[:, None])[:, 0] - l.mean(1))).abs().max() < 1e-12
     cfg, y = proto_lm.ProtoConfig(near=2, own="farthest", lambda0=0.5, lambda1=0.3, lambda2=0.2), torch.tensor([0, 2, 1, 2])
     pull = sum(sum(sorted(s[b, k].item() for k in range(6) if k % 3 == y[b])[:2]) / 2 for b in range(4)) / 4
     push = sum(sum(sorted((s[b, k].item() for k in range(6) if k % 3 != y[b]), reverse=True)[:2]) / 2 for b in range(4)) / 4
@@ -175,6 +218,30 @@ def test_a_simulator_learns_what_it_can_see():
     assert proto_lm.simulated(([b[1:] for b in bags[:40]], y[:40]), ([b[1:] for b in bags[40:]], y[40:]), 7, 0) < 0.8
 
 
+def test_explanations_of_a_model_that_sees_one_token(made):
+    """Class 1 where token 65 is in the text: it ranks first; without it the answer is gone, with it alone it stays."""
+    model = logit_rank.load_checkpoint(made)[0]
+    model.hidden = lambda idx: torch.stack([(idx == 65).float(), torch.ones_like(idx).float()], -1)
+    clf = proto_lm.Classifier(2, 2)
+    with torch.no_grad():
+        clf.v.weight.zero_(), clf.linear.weight.copy_(torch.tensor([[0.0, 0.0], [90.0, 0.0]])), clf.linear.bias.copy_(torch.tensor([3.0, 0.0]))
+    rng = np.random.default_rng(0)
+    sequences = [np.insert(rng.integers(66, 90, 9), n, 65) for n in range(9)]
+    texts = proto_lm.Texts(model, sequences, torch.ones(9, dtype=torch.long), 16)
+    order, c = proto_lm.orders(clf, texts)
+    assert [o[0] for o in order] == list(range(9)) and c.tolist() == [1] * 9
+    x = proto_lm.faithful(model, clf, texts, order, (0.1, 0.5))
+    assert min(x["comprehensiveness"]) > 0.9 and max(map(abs, x["sufficiency"])) < 0.1
+    y = proto_lm.faithful(model, clf, texts, [o[::-1] for o in order], (0.1, 0.5))
+    assert max(map(abs, y["comprehensiveness"])) < 0.1 and min(y["sufficiency"]) > 0.9
+    assert [len(o) for o in proto_lm.orders(clf, texts, "attention")[0]] == [10] * 9
+    V = 257
+    mixed = [np.insert(q, 0, 65) if n % 2 else np.append(q[q != 65], 66) for n, q in enumerate(sequences * 6)]
+    train, test = (proto_lm.Texts(model, part, torch.zeros(len(part), dtype=torch.long), 16) for part in (mixed[:36], mixed[36:]))
+    seen = proto_lm.simulatability(clf, train, test, V, 0)
+    assert seen["words"] == 1 and seen["random words"] < 1
+
+
 def test_proto_lm_in_its_smallest_form(made, tmp_path, capsys):
     rng, words = np.random.default_rng(0), dict(a="the cat sat", b="a dog ran")
     for name, n in (("train", 40), ("test", 20)):
@@ -186,9 +253,9 @@ def test_proto_lm_in_its_smallest_form(made, tmp_path, capsys):
     result, last = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out.splitlines()[-1]
     assert result["classes"] == ["a", "b"] and result["texts"] == [40, 20] and result["chance"] == 0.5 and (tmp_path / "p.png").exists()
     assert min(result["accuracy"]["prototypes, frozen"] + result["accuracy"]["prototypes, unfrozen"]) > 0.8 and len(result["accuracy"]) == 5 and last.startswith("prototypes ") and "2 seeds, 2 classes" in last
-    first = result["faithful"]["prototypes"][0]
+    first = result["faithful"]["prototypes, share"][0]
     assert len(first["comprehensiveness"]) == len(first["sufficiency"]) == 4 and result["sweep"]["K"].keys() == {"1", "2", "4"}
-    assert all(0 <= v <= 1 for r in result["simulatability"] for v in r.values())
+    assert result["simulatability"].keys() == {f"{a}, {b}words" for a in ("prototypes", "plain") for b in ("", "random ")} and len(result["simulatability"]["plain, words"]) == 2
     proto_lm.main([f"--keep={tmp_path}/keep", "--explain=the <script> cat sat"])
     told, text = capsys.readouterr().out, (tmp_path / "keep/page.html").read_text()
     assert "read as 'a'" in told and "<script" not in text and "&lt;" in text and "Read as a" in text
@@ -196,6 +263,31 @@ def test_proto_lm_in_its_smallest_form(made, tmp_path, capsys):
                            ("--train= ", "cannot be read")):
         with pytest.raises(proto_lm.UserError, match=message):
             proto_lm.main([*options, wrong])
+    for weights in (torch.zeros(3), {"model": torch.zeros(3)}):
+        torch.save(weights, tmp_path / "other.pt")
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "other.pt", tmp_path / "foreign/classifier.pt")
+        with pytest.raises(proto_lm.UserError, match="no classifier of proto_lm.py"):
+            proto_lm.main([f"--keep={tmp_path}/foreign", "--explain=x"])
+    kept = proto_lm.load_tensors(tmp_path / "keep/classifier.pt")
+    torch.save(kept | dict(model="0"), tmp_path / "foreign/classifier.pt")
+    with pytest.raises(proto_lm.UserError, match="other weights"):
+        proto_lm.main([f"--keep={tmp_path}/foreign", "--explain=x"])
+    with pytest.raises(proto_lm.UserError, match="the text is empty"):
+        proto_lm.main([f"--keep={tmp_path}/keep", "--explain="])
+    odd = ['{"text": "a\u2028b", "label": 1}', "", '{"text": "c", "label": "d"}']
+    (tmp_path / "odd.jsonl").write_text("\ufeff" + "\n".join(odd), "utf-8")
+    assert proto_lm.labelled(tmp_path / "odd.jsonl") == [dict(text="a\u2028b", label="1"), dict(text="c", label="d")]
+    for bad in ('{"text": "x", "label": null}', '{"text": "x", "label": [1]}', '{"text": "x", "label": "\\ud800"}', "[" * 100000, "5"):
+        (tmp_path / "bad.jsonl").write_text(bad)
+        with pytest.raises(proto_lm.UserError, match="bad.jsonl:1: found"):
+            proto_lm.labelled(tmp_path / "bad.jsonl")
+    for wrong, message in (("--lambda1=nan", "must be finite"), ("--learning_rate=-1", "above 0")):
+        with pytest.raises(proto_lm.UserError, match=message):
+            proto_lm.main([*options, wrong])
+    (tmp_path / "bad.jsonl").write_text("")
+    with pytest.raises(proto_lm.UserError, match="holds no text"):
+        proto_lm.main([*options, f"--test={tmp_path}/bad.jsonl"])
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(proto_lm.UserError, match="bad.jsonl:1: found"):
         proto_lm.main([*options, f"--train={tmp_path}/bad.jsonl"])
@@ -237,16 +329,17 @@ def test_released_files_are_converted(tmp_path, task, lines, want):
     (tmp_path / "f").write_text(lines)
     proto_lm.main([f"--convert={task}", f"--files={tmp_path}/f", f"--to={tmp_path}/o.jsonl"])
     assert proto_lm.labelled(tmp_path / "o.jsonl") == want
-    (tmp_path / "f").write_text("nothing\nof it\n")
-    with pytest.raises(proto_lm.UserError, match="expected"):
-        list(proto_lm.converted(task, tmp_path / "f"))
+    for wrong in (b"nothing\nof it\n", b"\xff\n"):
+        (tmp_path / "f").write_bytes(wrong)
+        with pytest.raises(proto_lm.UserError, match="expected"):
+            proto_lm.converted(task, tmp_path / "f")
 
 
 def test_imdb_is_converted(tmp_path):
     for label in ("pos", "neg"):
         (tmp_path / label).mkdir()
         (tmp_path / label / "0_1.txt").write_text(f"{label}<br />b")
-    assert list(proto_lm.converted("imdb", tmp_path)) == [dict(text="pos\nb", label="pos"), dict(text="neg\nb", label="neg")]
+    assert (proto_lm.converted("imdb", tmp_path)) == [dict(text="pos\nb", label="pos"), dict(text="neg\nb", label="neg")]
     for task, message in (("imdb", "expected the folders"), ("sst9", "convert=sst9")):
         with pytest.raises(proto_lm.UserError, match=message):
-            list(proto_lm.converted(task, tmp_path / "pos"))
+            (proto_lm.converted(task, tmp_path / "pos"))
