@@ -102,6 +102,11 @@ def picture(result, sizes, path):
     for (name, law), color in zip(result["power_law"].items(), ("#0072B2", "#E69F00")):
         ax.loglog(sizes, [x[name]["val_ce"] for x in result["sizes"].values()], "o", color=color, label=f"{name}, N^-{law['b']:.3f}")
         ax.loglog(sizes, [law["c"] * n ** -law["b"] for n in sizes], color=color)
+    for axis, form in ((ax.xaxis, "{x:.2g}"), (ax.yaxis, "{x:.2f}")):
+        axis.set_major_formatter(form)
+        axis.set_minor_formatter(form)
+    ax.set_xticks(sizes, [f"{n / 1e6:.2g}M" for n in sizes])
+    ax.set_xticks([], minor=True)
     ax.set(xlabel="weights, prototypes not counted", ylabel="validation loss, nats")
     ax.legend()
     with atomic(path) as f:
