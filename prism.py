@@ -423,7 +423,7 @@ class PRISM(nn.Module):
             try:
                 from transformers import GPT2LMHeadModel
             except ImportError:
-                raise UserError(f"'{source}' is no file, and fetching it by name takes: pip install transformers") from None
+                raise UserError(f"'{source}' is no file and no folder with a ckpt.pt; a name of GPT-2's family takes: pip install transformers") from None
             state = GPT2LMHeadModel.from_pretrained(source).state_dict()
         state = {k if k.startswith("transformer.") else f"transformer.{k}": v for k, v in state.items()
                  if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}      # masks, and W a second time

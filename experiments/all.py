@@ -118,8 +118,8 @@ def claims(r):
         ", ".join(f"{x['against dense'][n]['loss']:+.2%} {n}" for n in ("pydoc", "books")), all(x["against dense"][n]["loss"] < 0.01 for n in ("pydoc", "books")))))
     yield ("accuracy on cloze items against the dense twin, over sizes", "within 2.5 points downstream", "within 2.5 points, four sizes", *of("twin", lambda x: (
         ", ".join(f"{100 * (v['PRISM']['accuracy'] - v['dense']['accuracy']):+.1f}" for v in x["sizes"].values()), every_one(v["PRISM"]["accuracy"] > v["dense"]["accuracy"] - 0.025 for v in x["sizes"].values()) and len(x["sizes"]) >= 4)))
-    yield ("training throughput against the dense twin", "97.3% (H100)", "97%", *of("throughput-cpu", lambda x: (f"{x['ratios']['PRISM / dense']:.1%} (CPU)", x["ratios"]["PRISM / dense"] >= 0.97)))
-    yield ("the same on a GPU", "97.3% (H100)", "97%", "not measured", None)
+    yield ("training throughput against the dense twin", "97.3% (H200)", "97%", *of("throughput-cpu", lambda x: (f"{x['ratios']['PRISM / dense']:.1%} (CPU)", x["ratios"]["PRISM / dense"] >= 0.97)))
+    yield ("the same on a GPU", "97.3% (H200)", "97%", "not measured", None)
     yield ("full joint Hessian against real refits of the head", "none", "r > 0.99", *of("refit", lambda x: (f"r {x['pearson']['full']:.3f}", x["pearson"]["full"] > 0.99)))
     yield ("exact blocks against real refits", "none", "r 0.9", *of("refit", lambda x: (f"r {x['pearson']['block']:.3f}, joined {x['pearson']['joined']:.3f}", x["pearson"]["block"] >= 0.9)))
     yield ("a query against EK-FAC", "470 to 500 times", "500 times", *of("ekfac", lambda x: (f"{x['ratio']['query']:,.0f} times at {1 / x['ratio']['memory']:.2f} of the memory", x["ratio"]["query"] >= 500 and x["ratio"]["memory"] >= 1)))
@@ -215,7 +215,7 @@ def tables(r):
             ("index, forward passes over the corpus", f"{x['index']['ratio']:.2f}", "2.5"), ("share of the bandwidth, posting lists", f"{b['postings_share']:.2f}", "0.5"), ("documents of a query, ms", f"{b['document_ms']:.1f}", ""),
             ("64 queries together against one by one, documents", f"{x['batch']['document']['ratio']:.1f}", "8"), ("the same, tokens", f"{x['batch']['token']['ratio']:.1f}", "8")))
     if x := r.get("resume-1"):
-        yield "Killed and resumed", "resume.py", f"{sum(t['identical'] for t in x['trials'])} of {len(x['trials'])} runs ended with the same weights, bit for bit; {sum(t['killed'] for t in x['trials'])} of them were killed at a random moment, {sum(t['during_write'] for t in x['trials'])} while a checkpoint was being written."
+        yield "Killed and resumed", "resume.py", f"{sum(t['identical'] for t in x['trials'])} of {len(x['trials'])} runs ended with the same weights, bit for bit; {sum(t['killed'] for t in x['trials'])} of them were killed at a random moment, {sum(t['killed'] and t['during_write'] for t in x['trials'])} while a checkpoint was being written."
     if x := r.get("tokenize_1gb"):
         yield "Tokenising", "tokenize_1gb.py", table(("workers", "MB/s"), x["mb_per_second"].items()) + f"\n\n{x['megabytes']:.0f} MB of text; at most {x['peak_rss_mb']} MB of memory."
     if every := suppressions(r):

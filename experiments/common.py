@@ -24,7 +24,7 @@ def trained(out_dir, *options):
             raise UserError(f"{out_dir} was trained with other options ({log.read_text('utf-8')}, expected {key}); remove it or name another folder")
         return out_dir
     if (out_dir / "ckpt.pt").exists() and not (out_dir / "wanted").exists():
-        raise UserError(f"{out_dir} already holds a run that no experiment made; remove it or name another folder")
+        raise UserError(f"{out_dir} already holds a run that no experiment made; name another folder, one that is not there is trained here")
     out_dir.mkdir(parents=True, exist_ok=True)
     if (out_dir / "wanted").exists() and (out_dir / "wanted").read_text("utf-8") != key:
         raise UserError(f"{out_dir} was begun with other options ({(out_dir / 'wanted').read_text('utf-8')}, expected {key}); remove it or name another folder")

@@ -119,7 +119,7 @@ def spectrum(X, passages, ranks=(1, 2, 4, 8, 16, 32, 64, 128)):
             total += kl(part, (U[:, :r] @ (U[:, :r].T @ part.flatten(1))).view_as(part)).sum().item()
         falls[r] = max(0.0, total / (n * X.size(1)))
     r, v = np.array([(r, v) for r, v in falls.items() if v > 1e-7 and r <= n // 4]).reshape(-1, 2).T  # below that, float32 rounding
-    return dict(values=values.tolist(), alpha=found, interval=[found - error, found + error], fewer={m: alpha(every[:m], all_of) for m in (n // 4, n // 2)}, kl=falls,
+    return dict(values=values.tolist(), alpha=found, interval=[found - error, found + error], fewer={m: alpha(every[:m], all_of) for m in (n // 4, n // 2) if m >= 32}, kl=falls,
                 kl_exponent=-float(np.polyfit(np.log(r), np.log(v), 1)[0]) if len(r) > 1 else None)
 
 
@@ -408,7 +408,7 @@ def main(argv):
         try:
             import scipy  # noqa: F401
         except ImportError:
-            raise UserError("scipy cannot be imported; run: pip install -r experiments/requirements.txt, or leave part c out") from None
+            raise UserError("scipy cannot be imported; run: pip install -r experiments/requirements.txt, or leave part c out, --parts=ab") from None
     model, ckpt = load_checkpoint(cfg.out_dir, "cpu")
     if cfg.length + max(n for p, n in zip("abbc", (cfg.future, cfg.future, cfg.steps, cfg.horizon)) if p in cfg.parts) > model.config.block_size:
         raise UserError(f"length {cfg.length} and what follows it do not fit the context of {model.config.block_size} tokens; lower --length")
@@ -427,7 +427,7 @@ def main(argv):
         result["spectrum"] = {}
         for name, ask in sides.items():
             x = result["spectrum"][name] = spectrum(extended(ask, histories, futures), cfg.futures) | dict(queries=ask.count)
-            print(f"{name}: alpha {x['alpha']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}], " + ", ".join(f"{v:.3f} with {m} histories" for m, v in x["fewer"].items()) + "; mean KL " + ", ".join(f"{v:.3f} at rank {r}" for r, v in x["kl"].items())
+            print(f"{name}: alpha {x['alpha']:.3f} [{x['interval'][0]:.3f}, {x['interval'][1]:.3f}], " + "".join(f"{v:.3f} with {m} histories, " for m, v in x["fewer"].items()) + "mean KL " + ", ".join(f"{v:.3f} at rank {r}" for r, v in x["kl"].items())
                   + (f", as r^-{x['kl_exponent']:.2f}" if x["kl_exponent"] else "") + f"; {ask.count:,} queries", flush=True)
         told.append("alpha " + ", ".join(f"{v['alpha']:.3f} {n}" for n, v in result["spectrum"].items()))
         save(cfg.out, result)
@@ -448,7 +448,7 @@ def main(argv):
         result["real"] = real(Ask(model, V), histories[:1], common, cfg)
         told.append(f"recovered to {max(r['error'] for r in result['synthetic']):.0e}; the real model at rank {result['real'][-1]['rank']}: KL {result['real'][-1]['kl']:.3f} of {result['real'][0]['kl']:.3f} nats")
         save(cfg.out, result)
-    print("; ".join(told))
+    print("; ".join([*told, cfg.out]))
 
 
 def picture(result, path):

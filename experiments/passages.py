@@ -46,19 +46,20 @@ def main(argv):
     files = sorted(Path(cfg.folder).glob("*.txt")) if cfg.folder else []
     if not files:
         raise UserError(f"--folder={cfg.folder}: no .txt file there; give a folder of them")
-    n = 0
+    n = taken = given = 0
     with atomic(cfg.out, "w", encoding="utf-8") as f:
         for path in files:
             try:
                 text = path.read_text("utf-8-sig")
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}: {e}; convert it to UTF-8") from None
+            given += len(text)
             for k, piece in enumerate(passages(text, cfg.length, cfg.most), 1):
                 f.write(json.dumps(dict(text=piece, title=f"{path.name}#{k}", source=path.stem)) + "\n")
-                n += 1
+                n, taken = n + 1, taken + len(piece)
         if not n:
             raise UserError(f"--folder={cfg.folder}: its {len(files)} .txt files hold no text")
-    print(f"{cfg.out}: {n} passages of {len(files)} files")
+    print(f"{cfg.out}: {n} passages of {len(files)} files, {taken:,} of their {given:,} characters. Next: python data/prepare.py {cfg.out} --name=...")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python experiments/proto_lm.py --dataset=books --out_dir=out-books --out=experiments/results/proto_lm-books.json
     python experiments/proto_lm.py --train=mine.jsonl --test=held-out.jsonl          your own: {"text": "...", "label": "..."} a line
     python experiments/proto_lm.py --convert=sst2 --files=SST-2/train.tsv --to=mine.jsonl     also sst5, imdb, qnli, mnli, rte, wnli, from their released files
-    python experiments/proto_lm.py --explain="The whale came up and"   a page, with the classifier that the first form kept
+    python experiments/proto_lm.py --explain="Return the charset of the message"   a page, with the classifier that the first form kept
 
 h_t are the trunk's states of a text's tokens. Attention pools them, alpha = softmax(v tanh(A h_t)), u = sum_t alpha_t V h_t; s_n = cos(u, p_n) for --prototypes p_n, as many for each
 class; logits = scale * W s with W started at +1 for a prototype's own class and -0.5 for the others. Loss: lambda0 ce + lambda1 (1 - mean s of the K own-class prototypes) +
@@ -396,7 +396,7 @@ def page(text_tokens, weights, c, tops, names, tokenizer):
              "<p>Underlined: tokens that speak for it, the thicker the more; dotted: against. Because it is like these training texts:</p>"]
     for s, share, owner, tokens, w in tops:
         parts.append(f"<h2>{html.escape(str(names[owner]))}: cosine {s:.2f}, {share:+.2f} to the logit</h2><p>{spans(tokens, w)}</p>")
-    style = "body{font:16px/1.7 sans-serif;max-width:46em;margin:2em auto;padding:0 1em;color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em}" + "".join(
+    style = "body{font:16px/1.7 sans-serif;max-width:46em;margin:2em auto;padding:0 1em;overflow-wrap:anywhere;color:#222;background:#fff}h1{font-size:1.3em}h2{font-size:1em}" + "".join(
         f".w{n}.for{{border-bottom:{n}px solid #0072B2}}.w{n}.against{{border-bottom:{n}px dotted #D55E00}}" for n in (1, 2, 3))
     return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>Because it is like these</title><style>{style}</style>{''.join(parts)}</html>\n"
 
@@ -414,7 +414,7 @@ def explain(cfg):
     tokenizer = load_tokenizer(kept["out_dir"])
     clf = Classifier(model.config.n_embd, len(kept["names"]), len(kept["classifier"]["prototypes"]))
     clf.load_state_dict(kept["classifier"])
-    tokens = tokenizer.encode_ordinary(cfg.explain)[-kept["length"]:]
+    tokens = tokenizer.encode_ordinary(cfg.explain.strip())[-kept["length"]:]
     if not tokens:
         raise UserError("the text is empty")
 
@@ -519,7 +519,7 @@ def main(argv):
         torch.save(dict(classifier=clf.state_dict(), model=fingerprint(model.state_dict()), names=names, out_dir=str(cfg.out_dir), length=length, examples=examples), f)
     best = {n: np.mean(v) for n, v in result["accuracy"].items()}
     print(f"prototypes {best['prototypes, frozen']:.1%} against linear on attention {best['linear on attention, frozen']:.1%} and on the mean {best['linear on the mean, frozen']:.1%}, frozen"
-          + (f"; {best['prototypes, unfrozen']:.1%} against {best['linear on attention, unfrozen']:.1%} unfrozen" if cfg.tune_epochs else "") + f"; {cfg.seeds} seeds, {C} classes")
+          + (f"; {best['prototypes, unfrozen']:.1%} against {best['linear on attention, unfrozen']:.1%} unfrozen" if cfg.tune_epochs else "") + f"; {cfg.seeds} seeds, {C} classes; {cfg.out}, {cfg.keep}/classifier.pt")
 
 
 def swept(model, train, C, cfg):

@@ -21,12 +21,15 @@ from prism import UserError, load_checkpoint, parse_config, read_metrics, run_ma
 from suppress import compiled  # noqa: E402
 
 
+RECIPES = ("--max_iters=100 --learning_rate=0.000002 --min_lr=0.0000002 --proto_lr_scale=10000 --warmup_iters=10;"  # the trunk all but stands still
+           "--max_iters=100 --learning_rate=0.001 --warmup_iters=10;--max_iters=300 --learning_rate=0.001 --warmup_iters=10")
+
+
 @dataclass
 class RetrofitConfig:
     out_dir: str = "out"             # PRISM from scratch
     dense: str = "out-dense-1"       # its dense twin, trained here if need be
-    recipes: str = ("--max_iters=100 --learning_rate=0.000002 --min_lr=0.0000002 --proto_lr_scale=10000 --warmup_iters=10;"   # the trunk all but stands still
-                    "--max_iters=100 --learning_rate=0.001 --warmup_iters=10;--max_iters=300 --learning_rate=0.001 --warmup_iters=10")  # options of train.py, ; between
+    recipes: str = RECIPES           # sets of options of train.py, with ; between
     train: str = ""                  # options for all of these runs, beyond those of the first
     behavior: str = ">>>"            # is turned down; empty: left out
     prompts: int = 512               # sampled beginnings of each side

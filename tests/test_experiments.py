@@ -337,7 +337,7 @@ def test_passages_hold_the_text(tmp_path, capsys):
     rows = [json.loads(x) for x in (tmp_path / "p.jsonl").read_text().splitlines()]
     mine = [x["text"] for x in rows if x["source"] == "a"]
     assert text.startswith("".join(mine)) and 2000 <= sum(map(len, mine)) < 2600 and all(500 <= len(x) < 530 and x.endswith("\n") for x in mine)
-    assert rows[-1] == {"text": "short, without a last line end", "title": "b.txt#1", "source": "b"} and capsys.readouterr().out.endswith(f"{len(rows)} passages of 2 files\n")
+    assert rows[-1] == {"text": "short, without a last line end", "title": "b.txt#1", "source": "b"} and f"{len(rows)} passages of 2 files, {sum(len(x['text']) for x in rows):,} of their {len(text) + 30:,} characters" in capsys.readouterr().out
     assert [len(x) for x in passages.passages("word " * 1000, 100, 0)] == [404] + [400] * 11 + [196] and list(passages.passages("a\n\n  \nb c", 3, 0)) == ["a\n\n", "  \nb c"]
     for wrong, message in ((f"--folder={tmp_path}/none", "no .txt file there"), ("--length=0", "length is 0")):
         with pytest.raises(passages.UserError, match=message):

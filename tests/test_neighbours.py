@@ -101,7 +101,7 @@ def test_exponents_and_ranks_of_a_known_matrix():
     x = logit_rank.spectrum(X, 5, (1, 31))
     values = np.linalg.svd(X.flatten(1).numpy(), compute_uv=False)
     assert x["values"] == pytest.approx(values, rel=1e-3) and x["alpha"] == pytest.approx(0.7, abs=1e-3)
-    assert x["fewer"].keys() == {8, 16}
+    assert x["fewer"] == {}  # too few histories for half of them to be told
     assert x["kl"][1] > 100 * x["kl"][31]
     flat = X.flatten(1).double().numpy()
 
@@ -252,7 +252,7 @@ def test_proto_lm_in_its_smallest_form(made, tmp_path, capsys):
     proto_lm.main(options)
     result, last = json.loads((tmp_path / "p.json").read_text()), capsys.readouterr().out.splitlines()[-1]
     assert result["classes"] == ["a", "b"] and result["texts"] == [40, 20] and result["chance"] == 0.5 and (tmp_path / "p.png").exists()
-    assert min(result["accuracy"]["prototypes, frozen"] + result["accuracy"]["prototypes, unfrozen"]) > 0.8 and len(result["accuracy"]) == 5 and last.startswith("prototypes ") and "2 seeds, 2 classes" in last
+    assert min(result["accuracy"]["prototypes, frozen"] + result["accuracy"]["prototypes, unfrozen"]) > 0.8 and len(result["accuracy"]) == 5 and last.startswith("prototypes ") and "2 seeds, 2 classes; " in last
     first = result["faithful"]["prototypes, share"][0]
     assert len(first["comprehensiveness"]) == len(first["sufficiency"]) == 4 and result["sweep"]["K"].keys() == {"1", "2", "4"}
     assert result["simulatability"].keys() == {f"{a}, {b}words" for a in ("prototypes", "plain") for b in ("", "random ")} and len(result["simulatability"]["plain, words"]) == 2
@@ -274,7 +274,7 @@ def test_proto_lm_in_its_smallest_form(made, tmp_path, capsys):
     with pytest.raises(proto_lm.UserError, match="other weights"):
         proto_lm.main([f"--keep={tmp_path}/foreign", "--explain=x"])
     with pytest.raises(proto_lm.UserError, match="the text is empty"):
-        proto_lm.main([f"--keep={tmp_path}/keep", "--explain="])
+        proto_lm.main([f"--keep={tmp_path}/keep", "--explain= "])
     odd = ['{"text": "a\u2028b", "label": 1}', "", '{"text": "c", "label": "d"}']
     (tmp_path / "odd.jsonl").write_text("\ufeff" + "\n".join(odd), "utf-8")
     assert proto_lm.labelled(tmp_path / "odd.jsonl") == [dict(text="a\u2028b", label="1"), dict(text="c", label="d")]
