@@ -38,7 +38,7 @@ class AllConfig:
 RETROFIT = '--retrofit="--max_iters=50 --learning_rate=0.001 --warmup_iters=5"'
 LDS = {"lds": ("pydoc", "--again=12 --removals=8 --removed=block,cosine,random --full=192 --ensemble=3"),  # name of a result: corpus, options of lds.py
        "lds-books": ("books", "--dataset=books512 --again=12 --removals=8 --removed=block,cosine,random --work=out-lds-books --out=experiments/results/lds-books.json"),
-       "lds-retrofit": ("pydoc, prototypes attached to dense models", f"{RETROFIT} --again=0 --removals=0 --methods=block,joined,gradient,cosine --work=out-lds-retrofit --out=experiments/results/lds-retrofit.json")}
+       "lds-retrofit": ("pydoc, prototypes attached to dense models", f"{RETROFIT} --models=16 --again=0 --removals=0 --methods=block,joined,gradient,cosine --work=out-lds-retrofit --out=experiments/results/lds-retrofit.json")}
 PROTO = {"proto_lm": ("pydoc", ""), "proto_lm-books": ("books", "--dataset=books --out_dir=out-books --out=experiments/results/proto_lm-books.json")}
 WHOLE = {"quality": ("--datasets=pydoc,books", "--grid=true"), "lds": [v[1] for v in LDS.values()], "proto_lm": [v[1] for v in PROTO.values()], "logit_rank": ("--gains=out/gains/examples.json",)}  # options of the whole runs; else none
 

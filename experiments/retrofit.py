@@ -1,7 +1,7 @@
 """Prototypes attached to a dense model that is already trained, and trained on a little, against PRISM from scratch: loss, and turning a behavior down.
 
     python experiments/retrofit.py                      about half an hour on 2 cores
-    python experiments/lds.py --retrofit="--max_iters=50 --learning_rate=0.001 --warmup_iters=5" --again=0 --removals=0 --methods=block,gradient,cosine \\
+    python experiments/lds.py --retrofit="--max_iters=50 --learning_rate=0.001 --warmup_iters=5" --models=16 --again=0 --removals=0 --methods=block,gradient,cosine \\
         --work=out-lds-retrofit --out=experiments/results/lds-retrofit.json           does its influence predict retraining?
 
 The dense twin of --out_dir, of the same seed and windows, is the start. Each recipe is a set of options of train.py; beside each stand the dense twin and PRISM from scratch
