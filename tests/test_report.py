@@ -110,9 +110,9 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
 
     def click(self, selector):
-        """A real click in the middle of the first box of an element."""
-        x, y = self.js(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
-                       " const r = e.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2] })()")
+        """A real click in the middle of the first box of an element, once smooth scrolling that is under way has ended."""
+        x, y = self.js(f"(async () => {{ let old = NaN; for (;;) {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', behavior: 'instant'}});"
+                       " const r = e.getClientRects()[0]; if (r.top === old) return [r.left + r.width / 2, r.top + r.height / 2]; old = r.top; await new Promise(done => setTimeout(done, 50)) } })()")
         for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="none" if kind == "mouseMoved" else "left", clickCount=1)
 
