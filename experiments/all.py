@@ -39,7 +39,7 @@ RETROFIT = '--retrofit="--max_iters=50 --learning_rate=0.001 --warmup_iters=5"'
 LDS = {"lds": ("pydoc", "--again=12 --removals=8 --removed=block,cosine,random --full=192 --ensemble=3"),  # name of a result: corpus, options of lds.py
        "lds-books": ("books", "--dataset=books512 --again=12 --removals=8 --removed=block,cosine,random --work=out-lds-books --out=experiments/results/lds-books.json"),
        "lds-retrofit": ("pydoc, prototypes attached to dense models", f"{RETROFIT} --models=16 --again=0 --removals=0 --methods=block,joined,gradient,cosine --work=out-lds-retrofit --out=experiments/results/lds-retrofit.json")}
-PROTO = {"proto_lm": ("pydoc", ""), "proto_lm-books": ("books", "--dataset=books --out_dir=out-books --out=experiments/results/proto_lm-books.json")}
+PROTO = {"proto_lm": ("pydoc", "--tune_epochs=1"), "proto_lm-books": ("books", "--dataset=books --out_dir=out-books --out=experiments/results/proto_lm-books.json")}
 WHOLE = {"quality": ("--datasets=pydoc,books", "--grid=true"), "lds": [v[1] for v in LDS.values()], "proto_lm": [v[1] for v in PROTO.values()], "logit_rank": ("--gains=out/gains/examples.json",)}  # options of the whole runs; else none
 
 # name, packages, options of the quick version; Q/ stands for out-quick/, RUN for a tiny run there
@@ -54,8 +54,7 @@ SCRIPTS = (
     ("attribution_speed", (), "--out_dir=RUN --quick --out=Q/attribution_speed.json"),
     ("attribution_small", (), "--out_dir=RUN --settings=--rank=16 --queries=8 --out=Q/attribution_small.json"),
     ("lds", ("kronfluence",), f"--dataset=pydoc --models=4 --again=3 --queries=8 --removals=1 --removed=block --mus=0.1 --work=Q/lds --out=Q/lds.json --train={TINY.replace(' ', '~')}"),
-    ("retrofit", (), f"--out_dir=RUN --dense=Q/dense1 --work=Q/retrofit --out=Q/retrofit.json --recipes=--max_iters=20 --train={TINY.replace(' ', '~')} --behavior=the --prompts=8 "
-                     "--suppress=--mode=zero~--price=1000~--max_new_tokens=20~--steps=20~--tokens=4096"),
+    ("retrofit", (), f"--out_dir=RUN --dense=Q/dense1 --work=Q/retrofit --out=Q/retrofit.json --recipes=--max_iters=20 --train={TINY.replace(' ', '~')} --behavior="),
     ("ekfac", ("kronfluence",), "--out_dir=RUN --queries=2 --work=Q/ekfac --out=Q/ekfac.json"),
     ("curvature", (), f"--out_dir=RUN --loose=Q/loose --tokens=4096 --probes=2 --out=Q/curvature.json --train={TINY.replace(' ', '~')}~--lambda_t2p=0~--lambda_p2t=0"),
     ("twin", (), f"--sizes=48,96 --items=20 --work=Q/twin --out=Q/twin.json --options={TINY.split(' ', 2)[2].replace(' ', '~')}"),
