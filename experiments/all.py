@@ -39,7 +39,7 @@ RETROFIT = '--retrofit="--max_iters=50 --learning_rate=0.001 --warmup_iters=5"'
 LDS = {"lds": ("pydoc", "--again=12 --removals=8 --removed=block,cosine,random --full=192 --ensemble=3"),  # name of a result: corpus, options of lds.py
        "lds-books": ("books", "--dataset=books512 --again=12 --removals=8 --removed=block,cosine,random --work=out-lds-books --out=experiments/results/lds-books.json"),
        "lds-retrofit": ("pydoc, prototypes attached to dense models", f"{RETROFIT} --models=16 --again=0 --removals=0 --methods=block,joined,gradient,cosine --work=out-lds-retrofit --out=experiments/results/lds-retrofit.json")}
-PROTO = {"proto_lm": ("pydoc", "--tune_epochs=1"), "proto_lm-books": ("books", "--dataset=books --out_dir=out-books --out=experiments/results/proto_lm-books.json")}
+PROTO = {"proto_lm": ("pydoc", "--tune_epochs=1"), "proto_lm-books": ("books", "--dataset=books --out_dir=out-books --most=150 --tune_epochs=0 --sweep=false --keep=out-proto-lm-books --out=experiments/results/proto_lm-books.json")}
 WHOLE = {"quality": ("--datasets=pydoc,books", "--grid=true"), "lds": [v[1] for v in LDS.values()], "proto_lm": [v[1] for v in PROTO.values()], "logit_rank": ("--gains=out/gains/examples.json",)}  # options of the whole runs; else none
 
 # name, packages, options of the quick version; Q/ stands for out-quick/, RUN for a tiny run there
@@ -239,7 +239,7 @@ def tables(r):
         yield f"Prototype classification, {corpus}: {len(x['classes'])} classes", f"proto_lm.py {options}", table(("classifier", "accuracy over seeds"), ((n, ", ".join(f"{v:.1%}" for v in u) + f"; mean {mean(u):.1%}") for n, u in x["accuracy"].items())) + "\n\n" + table(
             ("explanation", *(f"{k}, {s:.0%}" for k in ("comprehensiveness", "sufficiency") for s in x["faithful"]["prototypes, share"][0]["shares"])), (
                 (n, *(f"{mean(q):.3f}" for k in ("comprehensiveness", "sufficiency") for q in zip(*(u[k] for u in runs)))) for n, runs in x["faithful"].items())) + "\n\nA simulator that sees a fifth of the tokens agrees with the classifier: " + ", ".join(
-            f"{n} {mean(u):.1%}" for n, u in x["simulatability"].items()) + f".\n\n![sweeps, curves and simulators](results/{name}.png)"
+            f"{n} {mean(u):.1%}" for n, u in x["simulatability"].items()) + "." + (f"\n\n![sweeps, curves and simulators](results/{name}.png)" if "sweep" in x else "")
     if x := r.get("controllers"):
         yield "Controllers", "controllers.py", table(("run", "uncalibrated", "controller, points", "random directions", "controller over these", "temperature"), (
             (n, f"{v['result']['uncalibrated']['accuracy']:.1%}", *(spread(v["result"][k]["points"], 1) for k in ("controller", "random")), spread(v["result"]["over_random"], 1) if "over_random" in v["result"] else "",
