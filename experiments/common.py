@@ -63,6 +63,17 @@ def spearman(a, b):
     return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
 
 
+def numbers(name, text, kind=int):
+    """"1,2,3" of the option `name` -> [1, 2, 3]; raises UserError unless all are above 0."""
+    try:
+        out = [kind(x) for x in text.split(",")]
+    except ValueError:
+        out = [0]
+    if not all(0 < x < np.inf for x in out):
+        raise UserError(f"{name}={text}, expected {'whole ' * (kind is int)}numbers above 0 with commas between")
+    return out
+
+
 def machine():
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
 

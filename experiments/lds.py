@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from common import machine, save, spearman, trained  # noqa: E402
+from common import machine, numbers, save, spearman, trained  # noqa: E402
 from rivals import ask, check_methods, joined, vectors  # noqa: E402
 
 import attribute  # noqa: E402
@@ -150,12 +150,7 @@ def main(argv):
     if cfg.models < 3 or not 0 <= cfg.again <= cfg.models or cfg.queries < 1 or cfg.removals < 0 or not 0 < cfg.share < 1:
         raise UserError(f"models {cfg.models}, again {cfg.again}, queries {cfg.queries}, removals {cfg.removals}, share {cfg.share}; expected at least 3, 0 to models, at least 1, at least 0, between 0 and 1")
     check_methods([*methods, *removed * (cfg.removals > 0)])
-    try:
-        shares = [float(x) for x in cfg.mus.split(",")] if cfg.mus else []
-    except ValueError:
-        shares = [0.0]
-    if not all(0 < x < np.inf for x in shares):
-        raise UserError(f"mus={cfg.mus}, expected numbers above 0 with commas between")
+    shares = numbers("mus", cfg.mus, float) if cfg.mus else []
     if cfg.ensemble and methods[0] == "random":
         raise UserError("an ensemble of random scores says nothing; name another method first")
     work, source = Path(cfg.work), dataset_folder(cfg.dataset)

@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from common import kept, machine, options_of, save, trained  # noqa: E402
+from common import kept, machine, numbers, options_of, save, trained  # noqa: E402
 
 from prism import PRISM, UserError, atomic, dataset_folder, load_checkpoint, load_dataset, load_gains, parse_config, run_main  # noqa: E402
 
@@ -138,7 +138,7 @@ def lingen(ask, targets, basis, futures, cfg, ridges, steps):
     more = [extended(ask, u, futures).flatten(1) for u in (basis, targets)]
     sides = {"Lingen": [torch.cat(u, 1) for u in zip(empty, more)], "one-token": empty}
     c = {(n, ridge): coefficients(*sides[n], ridge) for n, values in ridges.items() for ridge in values}
-    y, sums = targets[:, :0], {k: [] for k in (*c, *(("short context", k) for k in numbers(cfg.shorts)))}
+    y, sums = targets[:, :0], {k: [] for k in (*c, *(("short context", k) for k in numbers("shorts", cfg.shorts)))}
     for _ in range(steps):
         true = ask(torch.cat([targets, y], 1))[:, 0]
         parts = [ask(torch.cat([basis, row.expand(len(basis), -1)], 1))[:, 0] for row in y]       # (m, V) for each target
@@ -156,7 +156,7 @@ def lingen(ask, targets, basis, futures, cfg, ridges, steps):
 
 def continued(ask, tune, targets, basis, futures, cfg):
     """-> {method: mean KL summed over 1 .. steps}, each regression with the ridge that is best on the targets `tune`; the ridges."""
-    values = numbers(cfg.ridges, float)
+    values = numbers("ridges", cfg.ridges, float)
     tried = lingen(ask, tune, basis, futures, cfg, {n: values for n in ("Lingen", "one-token")}, min(5, cfg.steps))
     best = {n: min(values, key=lambda r: tried[n][r][-1]) for n in ("Lingen", "one-token")}
     found = lingen(ask, targets, basis, futures, cfg, {n: [r] for n, r in best.items()}, cfg.steps)
@@ -164,6 +164,12 @@ def continued(ask, tune, targets, basis, futures, cfg):
 
 
 # ----------------------------------------------------------------------------- c: learning
+
+def drawn(l, rng):
+    """Logits l (n, V) -> a token drawn for each (n,)."""
+    p = torch.from_numpy(l).softmax(-1).numpy().cumsum(1)
+    return (rng.random((len(p), 1)) * p[:, -1:] > p).sum(1).clip(max=p.shape[1] - 1)
+
 
 class Network:
     """x_t = A_{z,t} x_{t-1}, logits B_t x_t; A: a list over t of (V, r', r), B: a list over t of (V, r); x_0 = (1, 0, ...)."""
@@ -187,8 +193,7 @@ class Network:
         """-> sequences (n, N), drawn from the network."""
         z, x = np.zeros((n, 0), int), self.states(np.zeros((n, 0), int))[0]
         for t, B in enumerate(self.B):
-            p = torch.from_numpy(x @ B.T).softmax(-1).numpy().cumsum(1)
-            new = (rng.random((n, 1)) * p[:, -1:] > p).sum(1).clip(max=len(B) - 1)
+            new = drawn(x @ B.T, rng)
             z = np.concatenate([z, new[:, None]], 1)
             x = np.einsum("nij,nj->ni", self.A[t][new], x) if t < len(self.A) else x
         return z
@@ -319,7 +324,7 @@ def worst(learner, true, z):
 def synthetic(cfg, V=4, N=12):
     """Random networks of known rank and horizon, and a noisy parity, learned from their logits -> rows."""
     rows = []
-    for rank, N in [(r, N) for r in numbers(cfg.ranks)] + [(8, n) for n in numbers(cfg.horizons) if (8, n) not in [(r, N) for r in numbers(cfg.ranks)]]:
+    for rank, N in [(r, N) for r in numbers("ranks", cfg.ranks)] + [(8, n) for n in numbers("horizons", cfg.horizons) if (8, n) not in [(r, N) for r in numbers("ranks", cfg.ranks)]]:
         rng = np.random.default_rng([cfg.seed, rank, N])
         rows.append(recovered(f"random, rank {rank}, {N} tokens", random_network(V, N, rank, rng), V, N, rank, cfg, rng))
     rng = np.random.default_rng([cfg.seed, 0])
@@ -353,8 +358,7 @@ def real(ask, prompt, tokens, cfg):
         return np.take_along_axis(torch.from_numpy(l).log_softmax(-1).numpy(), z[:, :, None], 2).sum((1, 2))
     z = np.zeros((400, 0), int)
     for t in range(N):
-        p = torch.from_numpy(answer(z)).softmax(-1).numpy().cumsum(1)
-        z = np.concatenate([z, (rng.random((len(z), 1)) > p).sum(1).clip(max=V - 1)[:, None]], 1)
+        z = np.concatenate([z, drawn(answer(z), rng)[:, None]], 1)
     told = logits(z)
     mine, rows = of(told, z), []
 
@@ -366,7 +370,7 @@ def real(ask, prompt, tokens, cfg):
     judged("uniform", np.zeros((len(z), N, V)))
     first, after = answer(z[:1, :0]), answer(np.arange(V)[:, None])
     judged("the last token alone", np.concatenate([first[None].repeat(len(z), 0), after[z[:, :-1]]], 1))
-    for rank in [int(r) for r in cfg.learned.split(",")]:
+    for rank in numbers("learned", cfg.learned):
         oracle = Oracle(answer)
         learner, path = learn(oracle, V, N, rank, 1e-3, cfg.bound, np.random.default_rng(cfg.seed), rounds=6)
         judged(f"rank {rank}", learner.network.logits(z), rank=rank, queries=len(oracle.known), programs=learner.programs, told=path)
@@ -374,17 +378,6 @@ def real(ask, prompt, tokens, cfg):
 
 
 # ----------------------------------------------------------------------------- the three parts
-
-def numbers(text, kind=int):
-    """"1,2,3" -> [1, 2, 3]; raises UserError unless all are above 0."""
-    try:
-        out = [kind(x) for x in text.split(",")]
-    except ValueError:
-        out = [0]
-    if not all(0 < x < np.inf for x in out):
-        raise UserError(f"found {text!r}, expected {'whole ' * (kind is int)}numbers above 0 with commas between")
-    return out
-
 
 def windows(tokens, n, length, rng):
     """n passages (n, length) at random places of `tokens`, none twice."""
@@ -400,9 +393,9 @@ def main(argv):
         raise UserError(f"parts={cfg.parts!r}, expected some of a, b and c")
     if cfg.histories < 16 or min(cfg.length, cfg.futures, cfg.future, cfg.targets, cfg.basis, cfg.steps, cfg.horizon - 1, cfg.alphabet - 1) < 1 or not 1 <= cfg.bound < np.inf:
         raise UserError("histories must be at least 16, horizon and alphabet 2, the other counts 1, and bound at least 1")
-    for text, kind in ((cfg.ridges, float), (cfg.shorts, int), (cfg.ranks, int), (cfg.horizons, int), (cfg.learned, int)):
-        numbers(text, kind)
-    if max(numbers(cfg.shorts)) > cfg.length or min(numbers(cfg.horizons)) < 2:
+    for name, kind in (("ridges", float), ("shorts", int), ("ranks", int), ("horizons", int), ("learned", int)):
+        numbers(name, getattr(cfg, name), kind)
+    if max(numbers("shorts", cfg.shorts)) > cfg.length or min(numbers("horizons", cfg.horizons)) < 2:
         raise UserError(f"shorts={cfg.shorts} with length {cfg.length}, horizons={cfg.horizons}; expected at most the length, and at least 2")
     if "c" in cfg.parts:
         try:
@@ -433,11 +426,11 @@ def main(argv):
         save(cfg.out, result)
         picture(result, Path(cfg.out).with_suffix(".png"))
     if "b" in cfg.parts:
-        ask, drawn, basis = Ask(model, V), windows(val, 2 * cfg.targets, cfg.length, rng), windows(train, cfg.basis, cfg.length, rng)
+        ask, prompts, basis = Ask(model, V), windows(val, 2 * cfg.targets, cfg.length, rng), windows(train, cfg.basis, cfg.length, rng)
         shuffled = torch.stack([row[torch.from_numpy(rng.permutation(cfg.length))] for row in basis])
         result["lingen"] = {}
-        for name, prompts in (("same text", basis), ("shuffled", shuffled)):
-            sums, best = continued(ask, drawn[cfg.targets:], drawn[:cfg.targets], prompts, futures, cfg)
+        for name, part in (("same text", basis), ("shuffled", shuffled)):
+            sums, best = continued(ask, prompts[cfg.targets:], prompts[:cfg.targets], part, futures, cfg)
             result["lingen"][name], result[f"ridges, {name}"] = sums, best
             print(f"{name}: KL of {cfg.steps} tokens " + ", ".join(f"{n} {v[-1]:.2f}" for n, v in sums.items()) + "; ridges " + ", ".join(f"{n} {r:g}" for n, r in best.items()), flush=True)
         told.append(f"KL of {cfg.steps} tokens: " + ", ".join(f"{n} {v[-1]:.2f}" for n, v in result["lingen"]["same text"].items()))

@@ -203,10 +203,9 @@ class Classifier(nn.Module):
 
     def weights(self, h, mask):
         """-> of each token its share of the predicted class's logit above the classes' mean (B, T), without the linear layer's bias; the class (B,)."""
-        logits, _, alpha = self(h, mask)
-        c = logits.argmax(1)
+        u, alpha = self.pool(h, mask)
+        c = self.answer(u)[0].argmax(1)
         if len(self.prototypes):
-            u = self.V(torch.einsum("bt,btd->bd", alpha, h))
             toward = self.scale * (self.last[c] - self.last.mean(0)) @ F.normalize(self.prototypes, dim=1) / u.norm(dim=1, keepdim=True)
         else:
             toward = self.linear.weight[c] - self.linear.weight.mean(0)                       # (B, d)
@@ -247,10 +246,15 @@ def states(model, idx):
     return torch.cat([model.hidden(part) for part in idx.split(64)])
 
 
-def project(clf, texts, h):
-    """Each prototype moves onto the pooled state of the nearest training text of its class that no other has taken."""
+@torch.no_grad()
+def batched(f, h, mask):
+    """f(h, mask), a tuple of tensors (B, ...), over all texts in batches -> the tensors of all."""
+    return tuple(torch.cat(u) for u in zip(*(f(a, m) for a, m in zip(h.split(256), mask.split(256)))))
+
+
+def project(clf, texts, u):
+    """Each prototype moves onto the pooled state, of u (texts, d), of the nearest training text of its class that no other has taken."""
     with torch.no_grad():
-        u = torch.cat([clf.pool(a, m)[0] for a, m in zip(h.split(256), texts.mask.split(256))])
         s = F.normalize(clf.prototypes, dim=1) @ F.normalize(u, dim=1).T                      # (N, texts)
         s[clf.owner[:, None] != texts.y[None]] = -torch.inf
         for n in range(len(s)):
@@ -293,15 +297,14 @@ def run(clf, texts, cfg, rng, epochs, hidden, groups, every):
             opt.zero_grad()
             loss_of(clf, hidden(at), texts.mask[at], texts.y[at], cfg).backward()
             opt.step()
-        if len(clf.prototypes) and (epoch + 1 >= cfg.project * epochs or epoch + 1 == epochs):
-            project(clf, texts, every())
-    settle(clf, texts, every())
+        if epoch + 1 == epochs or len(clf.prototypes) and epoch + 1 >= cfg.project * epochs:
+            u, _ = batched(clf.pool, every(), texts.mask)
+            project(clf, texts, u)
+    settle(clf, texts, u)
 
 
-def settle(clf, texts, h, steps=200):
-    """The last layer alone, all texts at once: prototypes stay on their examples."""
-    with torch.no_grad():
-        u = torch.cat([clf.pool(a, m)[0] for a, m in zip(h.split(256), texts.mask.split(256))])
+def settle(clf, texts, u, steps=200):
+    """The last layer alone, on the pooled u (texts, d), all texts at once: prototypes stay on their examples."""
     opt = torch.optim.AdamW([clf.last, clf.scale] if len(clf.prototypes) else clf.linear.parameters(), 0.02 if len(clf.prototypes) else 2e-3, weight_decay=0.0)
     for _ in range(steps):
         opt.zero_grad()
@@ -309,10 +312,11 @@ def settle(clf, texts, h, steps=200):
         opt.step()
 
 
-@torch.no_grad()
-def answers(model, clf, texts, h=None):
-    h = texts.h if h is None else h
-    return torch.cat([clf(a, m)[0] for a, m in zip(h.split(256), texts.mask.split(256))])
+def answers(clf, texts, h=None):
+    """-> logits (texts, C); h: the states, where they are not those of the frozen trunk."""
+    u, _ = batched(clf.pool, texts.h if h is None else h, texts.mask)
+    with torch.no_grad():
+        return clf.answer(u)[0]
 
 
 def accuracy(logits, y):
@@ -324,7 +328,7 @@ def accuracy(logits, y):
 @torch.no_grad()
 def faithful(model, clf, texts, order, shares=(0.1, 0.2, 0.3, 0.5)):
     """order: of each text its token places, the most important first -> comprehensiveness and sufficiency at each share: mean losses of the predicted class's probability."""
-    p = answers(model, clf, texts).softmax(-1)
+    p = answers(clf, texts).softmax(-1)
     c, out = p.argmax(1), dict(shares=list(shares), comprehensiveness=[], sufficiency=[])
     for share in shares:
         for name in ("comprehensiveness", "sufficiency"):
@@ -338,13 +342,11 @@ def faithful(model, clf, texts, order, shares=(0.1, 0.2, 0.3, 0.5)):
     return out
 
 
-@torch.no_grad()
 def orders(clf, texts, by="share"):
     """Each text's token places, by share of the logit or by attention, largest first; the answers (n,)."""
-    parts = list(zip(texts.h.split(256), texts.mask.split(256)))
-    w, c = (torch.cat(u) for u in zip(*(clf.weights(h, m) for h, m in parts)))
+    w, c = batched(clf.weights, texts.h, texts.mask)
     if by == "attention":
-        w = torch.cat([clf.pool(h, m)[1] for h, m in parts])
+        _, w = batched(clf.pool, texts.h, texts.mask)
     return [row[:len(s)].argsort(descending=True).numpy() for row, s in zip(w, texts.sequences)], c
 
 
@@ -488,14 +490,14 @@ def main(argv):
     kinds = {"linear on the mean": dict(attend=False), "linear on attention": {}, "prototypes": dict(prototypes=N)}
     made = {n: [fitted(model, train, C, cfg, seed, **k) for seed in range(1, cfg.seeds + 1)] for n, k in kinds.items()}
     for name, clfs in made.items():
-        tell(f"{name}, frozen", [accuracy(answers(model, clf, test), yb) for clf in clfs])
+        tell(f"{name}, frozen", [accuracy(answers(clf, test), yb) for clf in clfs])
     save(cfg.out, result)
     if cfg.tune_epochs:
         for name, clfs in list(made.items())[1:]:
             values = []
             for seed, clf in enumerate(clfs, 1):
                 trunk, clf = tuned(model, clf, train, cfg, seed)
-                values.append(accuracy(answers(trunk, clf, test, states(trunk, test.idx)), yb))
+                values.append(accuracy(answers(clf, test, states(trunk, test.idx)), yb))
             tell(f"{name}, unfrozen", values)
             save(cfg.out, result)
     for name, label in (("prototypes", "prototypes"), ("linear on attention", "plain")):
@@ -534,7 +536,7 @@ def swept(model, train, C, cfg):
             for k, u in options.items():
                 setattr(new, k, u)
             clf = fitted(model, train, C, new, 1, prototypes=n * C)
-            out.setdefault(name, {})[v] = accuracy(answers(model, clf, test), test.y)
+            out.setdefault(name, {})[v] = accuracy(answers(clf, test), test.y)
         print(f"{name}: " + ", ".join(f"{v:g} {a:.1%}" for v, a in out[name].items()), flush=True)
     return out
 

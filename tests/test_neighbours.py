@@ -204,8 +204,8 @@ def test_projection_puts_prototypes_on_texts_of_their_class():
     clf, h, mask = a_classifier()
     texts = type("Texts", (), dict(y=torch.tensor([0, 0, 1, 2]), mask=mask))
     before = clf.prototypes.detach().clone()
-    proto_lm.project(clf, texts, h)
     u = clf.pool(h, mask)[0]
+    proto_lm.project(clf, texts, u)
     for n, e in enumerate(clf.example.tolist()):
         assert (clf.prototypes[n] == (u[e] if e >= 0 else before[n])).all() and (e < 0 or texts.y[e] == clf.owner[n])
     assert sorted(clf.example.tolist()) == [-1, -1, 0, 1, 2, 3]                                # class 0 has two texts, 1 and 2 have one each for two prototypes
