@@ -1,26 +1,21 @@
-"""Change what a trained model does by turning its prototypes: no finetuning, one vector of gains.
+"""Change what a trained model writes with one gain per prototype: no finetuning.
 
-    python suppress.py find --behavior='>>>' --name=examples       which prototypes carry it; proposes gains: out/gains/examples.json
-    python suppress.py apply --gains=out/gains/examples.json       before and after, side by side, with the same seeds
-    python suppress.py sweep --gains=out/gains/examples.json       effect against price over size and gain, with random controls
-    python suppress.py calibrate --task=data/pydoc/cloze.jsonl     linear controllers that gain accuracy; out/gains/controller.json
-    python prism.py --gains=out/gains/examples.json --prompt="..."  gains files work wherever text is sampled
+    python suppress.py find --behavior='>>>' --name=examples    proposes out/gains/examples.json
+    python suppress.py apply --gains=out/gains/examples.json    before and after, the same seeds
+    python suppress.py sweep --gains=out/gains/examples.json    effect, price and random controls
 
-The mathematics. Gains g (M,) enter as logits_t = W (r_t + sum_i g_i a_ti p_i); ones change nothing, 0 suppresses, above 1 amplifies, and a
-negative gain pushes away what its prototype stands for, only where it fires. The trunk plays no part: hidden states z_t are cached once.
+Gains g (M,) leave the trunk alone, so hidden states are computed once. A behavior is a regular
+expression; its onsets are the tokens that hold the first character of a match.
 
-A behavior is a regular expression over text. Its onsets are the tokens that hold the first character of a match, and w_v is the share of
-the occurrences of token v in the training text that are onsets. Its rate, without sampling, is the mean over tokens of sum_v w_v pi_tv.
-Ways to turn it down, which `find` compares by rate and price on a tuning split:
+    logits_t = W (r_t + sum_i g_i a_ti p_i)            ones change nothing, 0 suppresses
+    w_v      = onsets of token v / occurrences of v    in the training text
+    rate     = mean_t sum_v w_v pi_tv                  pi_t = softmax(logits_t), no sampling
+    price    = rise of the loss of text without the behavior, in percent
 
-    zero      the prototypes of the best ranking get one gain, 0 or below; the residual stays
-    reselect  they leave the top-k search, so the state is expressed anew by what remains; the residual stays
-    fit       each of them gets a gain of its own: g = 1 + theta goes down  mean_t KL(q_t || pi_t without onsets) + lam rate / rate_0,
-              q_t the untouched model without onsets; the logits are linear in theta, so sixty steps on cached states take seconds
+`find` keeps the lowest rate at an allowed price on one half of the held-out text; `sweep` measures
+on the other. Mode zero gives the prototypes of most merit one gain; mode fit gives each its own.
 """
-import csv
-import io
-import base64
+import itertools
 import json
 import math
 import re
@@ -30,24 +25,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from prism import (UserError, atomic, dataset_folder, fingerprint, load_checkpoint, load_dataset, load_gains, load_tokenizer, parse_config, pick_device,
-                   plain, run_command, run_main)
+from common import (Run, load_gains, parse_config, plain, reading, run_command, run_main,
+                    write_json)
+from prism import UserError, apply_gains, log_softmax_chunks
 
+SIZES, GAINS = (1, 2, 4, 8, 16, 32), (0.0, -1.0)         # of mode zero
+FITTED, LAMBDAS = (16, 64, 256), (0.1, 0.3, 1.0)         # of mode fit
+COLUMNS = "mode", "size", "setting", "loss_percent", "rate", "control_loss_percent", "control_rate"
 
-# ----------------------------------------------------------------------------- configuration, a dataclass a subcommand
 
 @dataclass
 class FindConfig:
     out_dir: str = "out"      # the run
     behavior: str = ""        # a regular expression over text
-    positive: str = ""        # or: a file of texts that show the behavior, one a line
-    negative: str = ""        # and a file of texts that do not
-    name: str = "behavior"    # written: out_dir/gains/NAME.json
-    mode: str = "auto"        # zero, reselect or fit; auto takes the one with the lowest rate at an allowed price
-    price: float = 0.5        # largest rise of the loss of text without the behavior, in percent, on the tuning split
-    tokens: int = 200000      # training tokens looked at
+    name: str = "behavior"    # the gains are written to out_dir/gains/NAME.json
+    mode: str = "auto"        # zero, fit, or auto: the lowest rate of both
+    price: float = 0.5        # largest rise of the loss in percent, on the tuning half
+    tokens: int = 200000      # training tokens to learn from
     top: int = 10             # prototypes shown
     seed: int = 1             # of the choice of text, and of fitting
     device: str = "auto"      # auto, cpu, cuda or mps
@@ -57,7 +52,7 @@ class FindConfig:
 class ApplyConfig:
     out_dir: str = "out"      # the run
     gains: str = ""           # a gains file, or several with commas between
-    prompt: str = ""          # text to continue; without it, beginnings of held-out text
+    prompt: str = ""          # text to continue; empty: beginnings of held-out text
     num_samples: int = 3      # continuations shown
     max_new_tokens: int = 60  # length of each
     temperature: float = 0.8  # 0 is greedy
@@ -68,701 +63,461 @@ class ApplyConfig:
 
 @dataclass
 class SweepConfig:
-    out_dir: str = "out"      # the run
-    gains: str = ""           # a file that find wrote
-    prompts: int = 256        # held-out beginnings that are continued, each side
+    out_dir: str = "out"       # the run
+    gains: str = ""            # a file that find wrote
+    prompts: int = 256         # held-out beginnings that are continued
     max_new_tokens: int = 100  # length of each
-    temperature: float = 1.0  # of the sampling
-    tokens: int = 200000      # training tokens looked at
-    seed: int = 2             # of prompts, sampling and controls
-    device: str = "auto"      # auto, cpu, cuda or mps
+    temperature: float = 1.0   # of the sampling
+    tokens: int = 200000       # training tokens to learn from
+    seed: int = 2              # of text, sampling and controls
+    device: str = "auto"       # auto, cpu, cuda or mps
 
 
-@dataclass
-class CalibrateConfig:
-    out_dir: str = "out"      # the run
-    task: str = ""            # items to test on, as data/prepare.py cloze writes them
-    calibration: str = ""     # items to fit on (cloze --split=train); without it, those of `share` of the task's documents
-    name: str = "controller"  # written: out_dir/gains/NAME.json
-    score: str = "sum"        # of a choice: sum of its tokens' log-probabilities, or norm, that divided by its bytes
-    folds: int = 3            # of the cross-validation that picks the penalties
-    share: float = 0.5        # of the documents (of the items, where they name none); the others test
-    trace: int = 5            # largest gains that are traced to training text
-    seed: int = 1             # of splits and controls
-    device: str = "auto"      # auto, cpu, cuda or mps
+# ------------------------------------------- a behavior in text
+def compile_pattern(behavior):
+    with reading(f"behavior={behavior}", "expected a regular expression; for plain text put a "
+                 "backslash before . * + ? ( ) [ ] { } ^ $ |"):
+        return re.compile(behavior)
 
-
-# ----------------------------------------------------------------------------- a behavior in text
 
 def token_bytes(tokenizer, vocab_size):
-    """The bytes of every token: a list of vocab_size. The end of a text is a zero, so that no word runs over it; numbers that the tokenizer
-    does not know are empty."""
-    return [b"\0" if i == tokenizer.eot_token else tokenizer.decode_single_token_bytes(i) if i < tokenizer.n_vocab else b"" for i in range(vocab_size)]
+    """The bytes of every token, a list. The end of a text is a zero byte, so that no word runs
+    over it; numbers that the tokenizer does not know are empty."""
+    pieces = [b""] * vocab_size
+    for i in range(min(vocab_size, tokenizer.n_vocab)):
+        pieces[i] = b"\0" if i == tokenizer.eot_token else tokenizer.decode_single_token_bytes(i)
+    return pieces
 
 
 def marks(tokens, pattern, pieces):
-    """tokens (N,) -> carried (N,) and onset (N,), bools: tokens that overlap a match of `pattern` in their text; that hold its first
-    character. Bytes that are no UTF-8 (a text cut within a character) match only what excludes characters, as `.` and `[^a]` do."""
+    """tokens (N,) -> carried (N,), onset (N,): bools, whether a token overlaps a match of
+    `pattern` in the text, and whether it holds the first character of one.
+
+    Bytes that are no UTF-8 match only what excludes characters, as `.` and `[^a]` do.
+    """
     raw = [pieces[t] for t in tokens]
-    ends = np.cumsum([len(b) for b in raw])
+    owner = np.repeat(np.arange(len(raw)), [len(b) for b in raw])  # token of each byte
     text = b"".join(raw).decode("utf-8", "surrogateescape")
-    sizes = np.array([1 if c < "\x80" or "\udc80" <= c <= "\udcff" else len(c.encode()) for c in text], np.int64)
-    at = np.concatenate(([0], sizes.cumsum()))                                                 # byte of each character
-    carried, onset = np.zeros(len(tokens), bool), np.zeros(len(tokens), bool)
-    for m in pattern.finditer(text):
-        if m.end() > m.start():
-            first, last = np.searchsorted(ends, at[[m.start(), m.end()]] - [0, 1], side="right")
-            carried[first:last + 1], onset[first] = True, True
+    sizes = [len(c.encode("utf-8", "surrogateescape")) for c in text]
+    first_byte = np.cumsum([0] + sizes)                            # of each character
+    carried, onset = np.zeros((2, len(raw)), bool)
+    for match in pattern.finditer(text):
+        start, end = first_byte[list(match.span())]
+        if end > start:
+            onset[owner[start]] = True
+            carried[owner[start]:owner[end - 1] + 1] = True
     return carried, onset
 
 
-def compiled(pattern):
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as e:
-        raise UserError(f"behavior={pattern} is no regular expression ({e}); for plain text put a backslash before . * + ? ( ) [ ] {{ }} ^ $ |") from None
+def mark_text(run, tokens, pattern):
+    """-> tokens, carried, onset (N,) on the run's device."""
+    pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
+    arrays = tokens.astype(np.int64), *marks(tokens, pattern, pieces)
+    return [torch.from_numpy(u).to(run.device) for u in arrays]
 
 
+# ------------------------------------------- cached hidden states
 class States(NamedTuple):
-    """Cached hidden states of N tokens in windows, and what is to be predicted from them."""
+    """Hidden states of N tokens, their gates, and the next token to be predicted from each."""
     z: torch.Tensor        # (N, d)
     ids: torch.Tensor      # (N, k)
     gates: torch.Tensor    # (N, k)
     y: torch.Tensor        # (N,) the next token
     onset: torch.Tensor    # (N,) bool: y begins the behavior
     free: torch.Tensor     # (N,) bool: y is no part of it
-    window: torch.Tensor   # (N,) number of the window
     weight: torch.Tensor   # (N,) how many tokens this one stands for
 
     def take(self, keep):
         return States(*(u[keep] for u in self))
 
 
-class Lab:
-    """A run with the text that behaviors are looked for in: pattern -> states of training, tuning and test text."""
+@torch.no_grad()
+def load_states(run, text, windows):
+    """text of mark_text(), numbers of its windows of block_size tokens -> States, in this order."""
+    tokens, carried, onset = text
+    place = torch.from_numpy(windows)[:, None] * run.T + torch.arange(run.T)
+    parts = []
+    for some in place.to(run.device).split(32):
+        z = run.model.hidden(tokens[some]).flatten(0, 1)
+        m = run.model.mixture(z)
+        after = some.flatten() + 1
+        ones = torch.ones_like(z[:, 0])
+        parts.append(States(z, m.ids, m.gates, tokens[after], onset[after], ~carried[after], ones))
+    return States(*(torch.cat(u) for u in zip(*parts)))
 
-    def __init__(self, out_dir, device="auto"):
-        self.out_dir, self.device = Path(out_dir), pick_device(device)
-        self.model, self.ckpt = load_checkpoint(out_dir, self.device)
-        self.model.requires_grad_(False).eval()
-        c = self.model.config
-        if not c.n_proto:
-            raise UserError(f"{out_dir} holds a dense model (n_proto = 0); there are no prototypes to turn")
-        if "train_config" not in self.ckpt:
-            raise UserError(f"{out_dir}/ckpt.pt does not say what it was trained on; train it with train.py")
-        self.tokenizer, self.T = load_tokenizer(out_dir), c.block_size
-        self.train, self.val, self.meta = load_dataset(dataset_folder(self.ckpt["train_config"]["dataset"]))
-        self.W, self.P = self.model.transformer.wte.weight, self.model.prototypes
-        self.pieces = token_bytes(self.tokenizer, c.vocab_size)
-        if len(self.val) < 4 * self.T:
-            raise UserError(f"the held-out text has {len(self.val)} tokens, expected at least {4 * self.T}: prepare more text")
 
-    @torch.no_grad()
-    def states(self, tokens, carried, onset, windows):
-        """Windows (numbers, of block_size tokens) of `tokens` -> States, the hidden states on the device."""
-        parts = []
-        for i in range(0, len(windows), 32):
-            at = windows[i:i + 32, None] * self.T + np.arange(self.T + 1)
-            raw = torch.from_numpy(tokens[at].astype(np.int64)).to(self.device)
-            z = self.model.hidden(raw[:, :-1]).flatten(0, 1)
-            m, y = self.model.mixture(z), at[:, 1:].ravel()
-            parts.append((z, m.ids, m.gates, raw[:, 1:].flatten(), *(torch.from_numpy(u).to(self.device) for u in (onset[y], ~carried[y], at[:, :1].repeat(self.T, 1).ravel() // self.T))))
-        every = [torch.cat(u) for u in zip(*parts)]
-        return States(*every, torch.ones(len(every[0]), device=self.device))
+def behavior_states(run, behavior, n_tokens, seed):
+    """What a behavior is measured with -> w (V,), and States of training text, of the tuning half
+    and of the test half of the held-out text (alternate windows).
 
-    def training_text(self, cfg):
-        """-> tokens, carried, onset (N,), of the training text (its first 4 million tokens), or of the files of texts given, where every
-        token of a positive text counts as an onset."""
-        if cfg.behavior and (cfg.positive or cfg.negative) or not cfg.behavior and not (cfg.positive and cfg.negative):
-            raise UserError("give --behavior=REGEX, or --positive and --negative, files of one text a line; not both")
-        if cfg.behavior:
-            tokens = np.asarray(self.train[:2 ** 22]).astype(np.int64)
-            return tokens, *marks(tokens, compiled(cfg.behavior), self.pieces)
-        parts = []
-        for path, shows in ((cfg.positive, True), (cfg.negative, False)):
-            try:
-                texts = [t for t in Path(path).read_text("utf-8").splitlines() if t.strip()]
-            except (OSError, ValueError) as e:
-                raise UserError(f"{path} cannot be read ({e}); expected a file of texts, one a line") from None
-            if not texts:
-                raise UserError(f"{path} holds no text; expected one a line")
-            ids = sum(([*self.tokenizer.encode_ordinary(t), self.tokenizer.eot_token] for t in texts), [])
-            ids += [self.tokenizer.eot_token] * (-len(ids) % self.T)  # whole windows
-            parts.append((np.array(ids, np.int64), np.array([shows and t != self.tokenizer.eot_token for t in ids])))
-        tokens, shown = (np.concatenate((*u, u[1][-1:])) for u in zip(*parts))
-        return tokens, shown, shown
+    Of the first 4 million training tokens about n_tokens are drawn, half of them in windows with
+    onsets where there are so many; weights make up for that.
+    """
+    T = run.T
+    pattern = compile_pattern(behavior)
+    train = mark_text(run, run.train[:2 ** 22], pattern)
+    tokens, _, onset = train
+    if not onset.any():
+        raise UserError(f"behavior={behavior} never occurs in {len(tokens):,} training tokens; "
+                        "expected a pattern that does, as --behavior='>>>'")
 
-    def look(self, cfg):
-        """What a behavior is measured with: w (V,), and States of training text (a weighted sample of windows, half of them with onsets
-        where there are so many), of the tuning half and of the test half of the held-out text (alternate windows)."""
-        rng, T = np.random.default_rng(cfg.seed), self.T
-        tokens, carried, onset = self.training_text(cfg)
-        has = onset[1:(len(tokens) - 1) // T * T + 1].reshape(-1, T).any(1)
-        if not has.any():
-            raise UserError(f"behavior={cfg.behavior} never occurs in {len(tokens):,} tokens of training text; there is nothing to learn it from")
-        count = np.bincount(tokens, minlength=len(self.W))
-        w = torch.from_numpy(np.bincount(tokens[onset], minlength=len(self.W)) / np.maximum(count, 1)).float().to(self.device)
-        room, sample = max(2, cfg.tokens // T), []
-        some, rest = (rng.permutation(np.flatnonzero(u)) for u in (has, ~has))
-        kept = some[:max(room // 2, room - len(rest))]
-        for part, whole in ((kept, some), (rest[:room - len(kept)], rest)):
-            if len(part):
-                s = self.states(tokens, carried, onset, np.sort(part))
-                sample.append(s._replace(weight=s.weight * (len(whole) / len(part))))
-        val = np.asarray(self.val[:2 ** 16]).astype(np.int64)
-        marked = marks(val, compiled(cfg.behavior), self.pieces) if cfg.behavior else [np.zeros(len(val), bool)] * 2
-        windows = np.arange((len(val) - 1) // T)
-        found = [States(*(torch.cat(u) for u in zip(*sample))), *(self.states(val, *marked, windows[half::2]) for half in (0, 1))]
-        if not all(s.free.any() for s in found):
-            raise UserError(f"behavior={cfg.behavior} covers all of the text; there is none without it to keep as it is: narrow the pattern")
-        return w, *found
+    # w_v = onsets of token v / occurrences of v
+    V = run.model.config.vocab_size
+    count = torch.bincount(tokens, minlength=V)
+    w = torch.bincount(tokens[onset], minlength=V) / count.clamp(min=1)
 
-    def raised(self, i):
-        """The tokens whose logits prototype i raises most."""
-        logits = self.W[:self.tokenizer.n_vocab] @ self.P[i]
-        return [self.tokenizer.decode([t]) for t in logits.topk(min(5, len(logits))).indices.tolist()]
+    last = (len(tokens) - 1) // T * T
+    occurs = onset[1:last + 1].view(-1, T).any(1).cpu().numpy()
+    rng = np.random.default_rng(seed)
+    having = rng.permutation(np.flatnonzero(occurs))
+    others = rng.permutation(np.flatnonzero(~occurs))
+    room = max(2, n_tokens // T)
+    n = min(len(having), max(room // 2, room - len(others)))
+    m = min(len(others), room - n)
+    drawn = np.concatenate((np.sort(having[:n]), np.sort(others[:m])))
+    sample = load_states(run, train, drawn)
+    sample.weight[:n * T] = len(having) / n
+    sample.weight[n * T:] = len(others) / max(1, m)
 
-    # -- what gains do to cached states
+    val = mark_text(run, run.val[:2 ** 16], pattern)
+    windows = np.arange((len(val[0]) - 1) // T)
+    tune = load_states(run, val, windows[0::2])
+    test = load_states(run, val, windows[1::2])
+    return w, sample, tune, test
 
-    def turned(self, s, gains):
-        """States and gains (M,) -> hidden states (N, d) under them, before W."""
-        if (gains == -math.inf).any():
-            return self.model.under(s.z, gains)  # a new search
-        return s.z + F.embedding_bag(s.ids, self.P, per_sample_weights=s.gates * (gains - 1)[s.ids], mode="sum")
 
-    @torch.no_grad()
-    def measure(self, s, w, gains=None, bias=0.0):
-        """-> loss (N,) of each token, nats, and the behavior's rate there (N,) = sum_v w_v pi_v, with gains or an added bias of the logits."""
-        z = s.z if gains is None else self.turned(s, gains)
-        loss, rate = [], []
-        for i in range(0, len(z), 2048):
-            logp = (z[i:i + 2048] @ self.W.T + bias).log_softmax(1)
-            loss.append(-logp.gather(1, s.y[i:i + 2048, None])[:, 0])
-            rate.append(logp.exp() @ w)
-        return torch.cat(loss), torch.cat(rate)
+# ------------------------------------------- what gains do to cached states
+@torch.no_grad()
+def measure(model, s, w, gains=None):
+    """States, w (V,), gains (M,) or None -> (2, N): loss in nats, rate = sum_v w_v pi_tv"""
+    z = s.z
+    if gains is not None:
+        z = apply_gains(z, s.ids, s.gates, gains, model.prototypes)
+    result = z.new_empty(2, len(z))
+    for at, logp in log_softmax_chunks(z, model.W):
+        result[0, at] = -logp.gather(1, s.y[at, None])[:, 0]
+        result[1, at] = logp.exp() @ w
+    return result
 
 
 def effect(s, before, after):
-    """before, after: (loss, rate) of measure() -> rise of the loss of text without the behavior, in percent; rate after as a share of before."""
-    wt = s.weight * s.free
-    return 100 * ((after[0] * wt).sum() / (before[0] * wt).sum()).item() - 100, ((after[1] * s.weight).sum() / (before[1] * s.weight).sum()).item()
+    """Two results of measure() -> rise of the loss of text without the behavior, in percent; the
+    rate after, as a share of before."""
+    loss_before = before[0, s.free].sum()
+    loss_after = after[0, s.free].sum()
+    rate = after[1].sum() / before[1].sum()
+    return 100 * (loss_after / loss_before).item() - 100, rate.item()
 
 
 def interval(numerator, denominator, seed=0, draws=1000):
-    """Bootstrap over units: the ratio of sums, and its 2.5% and 97.5% quantiles."""
+    """Two arrays with a number per unit -> the ratio of their sums, its 2.5% and 97.5% quantiles
+    when units are drawn anew (bootstrap)."""
     n = len(numerator)
-    at = np.random.default_rng(seed).integers(0, n, (draws, n))
-    ratios = numerator[at].sum(1) / np.maximum(denominator[at].sum(1), 1e-12)
-    return (numerator.sum() / max(denominator.sum(), 1e-12), *np.quantile(ratios, [0.025, 0.975]))
+    drawn = np.random.default_rng(seed).integers(0, n, (draws, n))
+    ratios = numerator[drawn].sum(1) / denominator[drawn].sum(1)
+    return numerator.sum() / denominator.sum(), *np.quantile(ratios, [0.025, 0.975])
 
 
-# ----------------------------------------------------------------------------- find: which prototypes, and by how much
+def loss_interval(s, before, after, T):
+    """effect()'s rise of the loss of States of whole windows, and its interval over windows."""
+    losses = torch.stack((after[0], before[0])).double() * s.free
+    per_window = losses.view(2, -1, T).sum(2).cpu().numpy()
+    return [100 * ratio - 100 for ratio in interval(*per_window)]
 
+
+# ------------------------------------------- find: which prototypes, and which gains
 @torch.no_grad()
-def rank(lab, s):
-    """States -> for each prototype (M,): its share of the behavior's logit margin at the onsets, the contrast of its mean gate there
-    against elsewhere, the benefit of turning it off over its price, and how often it fires.
+def rank_prototypes(model, s):
+    """States -> {name: (M,)}, for each prototype
 
-    margin share_i   sum over onsets of a_ti <W_y - mean W, p_i>, as a share of the sum of the centered logits
-    benefit, price   -dCE / dg_i summed over onsets, and over text without the behavior: a_ti <W_y - W^T pi_t, p_i>
+        margin_i    sum over onsets of a_ti <W_y - mean W, p_i>, a share of <W_y - mean W, z_t>
+        contrast_i  mean gate at onsets - mean gate in text without the behavior
+        benefit_i   sum over onsets of -dCE / dg_i = a_ti <W_y - W^T pi_t, p_i>
+        price_i     the same sum over text without the behavior
+        merit_i     benefit_i / (|price_i| + mean |price|)
+        fires_i     tokens at which its gate is above 0
     """
-    M = len(lab.P)
-    sums = {n: torch.zeros(M, device=lab.device) for n in ("margin", "benefit", "price", "on", "off", "fires")}
-    center, logit = lab.W.mean(0), 0.0
-    onset, free = s.weight * s.onset, s.weight * s.free
-    for i in range(0, len(s.z), 2048):
-        at = slice(i, i + 2048)
-        pi, wy, a, ids = (s.z[at] @ lab.W.T).softmax(1), lab.W[s.y[at]], s.gates[at], s.ids[at].flatten()
-        centered, error = ((v @ lab.P.T).gather(1, s.ids[at]) * a for v in (wy - center, wy - pi @ lab.W))  # (n, k)
-        for name, values, weight in (("margin", centered, onset), ("benefit", error, onset), ("price", error, free), ("on", a, onset), ("off", a, free),
-                                     ("fires", (a > 0).float(), s.weight)):
-            sums[name].index_add_(0, ids, (values * weight[at, None]).flatten())
-        logit += (((wy - center) * s.z[at]).sum(1) * onset[at]).sum()
-    price = sums["price"].abs()
-    return {"margin": sums["margin"] / logit, "contrast": sums["on"] / onset.sum() - sums["off"] / free.sum(),
-            "merit": sums["benefit"] / (price + price.mean() + 1e-12), "fires": sums["fires"]}
+    W, P = model.W, model.prototypes
+    onset = s.weight * s.onset                                    # (N,)
+    free = s.weight * s.free
+    centered = torch.empty_like(s.gates)                          # (N, k)
+    error = torch.empty_like(s.gates)
+    logit = 0.0
+    for at, logp in log_softmax_chunks(s.z, W):
+        wy = W[s.y[at]]
+        margin = wy - W.mean(0)
+        residual = wy - logp.exp() @ W                            # W_y - W^T pi_t
+        centered[at] = s.gates[at] * (margin @ P.T).gather(1, s.ids[at])
+        error[at] = s.gates[at] * (residual @ P.T).gather(1, s.ids[at])
+        logit += (margin * s.z[at]).sum(1) @ onset[at]
+
+    def total(values, weight):                                    # (N, k), (N,) -> (M,)
+        weighted = values * weight[:, None]
+        sums = torch.zeros_like(P[:, 0])
+        return sums.index_add_(0, s.ids.flatten(), weighted.flatten())
+
+    price = total(error, free).abs()
+    gate_on = total(s.gates, onset) / onset.sum()
+    gate_off = total(s.gates, free) / free.sum()
+    return {"margin": total(centered, onset) / logit,
+            "contrast": gate_on - gate_off,
+            "merit": total(error, onset) / (price + price.mean() + 1e-12),
+            "fires": total((s.gates > 0).float(), s.weight)}
 
 
-def fit(lab, s, w, rate, lam, ids, steps=60, batch=1024, lr=0.1, seed=0):
-    """theta (M,), not zero for the prototypes `ids` alone, on the way to the minimum over States s of  mean KL(q || pi without onsets) + lam rate / rate_0;
-    q is the untouched model's distribution without onsets. rate (N,): the untouched model's. Adam, half of the steps lowering its rate to 0: what can be
-    reached in `steps`, |theta| below 0.75 lr steps, is part of the bargain, as early stopping is."""
-    rng, rate0 = torch.Generator().manual_seed(seed), (rate * s.weight).sum() / s.weight.sum()
-    theta, none = torch.zeros(len(ids), device=lab.device, requires_grad=True), torch.zeros(len(lab.P), device=lab.device)
-    opt, order = torch.optim.Adam([theta], lr, betas=(0.9, 0.99)), torch.empty(0, dtype=torch.long)
-    s = s.take((none.index_fill(0, ids, 1.0)[s.ids] * s.gates > 0).any(1))                     # theta changes no other token
-    for step in range(steps if len(s.z) else 0):
+def fit(model, s, w, rate, lam, ids, steps=60, batch=1024, lr=0.1, seed=0):
+    """States, w (V,), the unchanged model's rate (N,) -> gains (M,), 1 but for prototypes `ids`
+
+    minimises over theta = g - 1   mean_t [ KL(q_t || pi_t without onsets) + lam rate_t / rate_0 ]
+
+    where q_t is the unchanged model's distribution without onsets, by Adam, its rate falling to 0
+    in the second half of the steps. What is out of reach in them, |theta| above 0.75 lr steps, is
+    part of the bargain, as early stopping is.
+    """
+    W, P = model.W, model.prototypes
+    rng = torch.Generator().manual_seed(seed)
+    rate_0 = (rate * s.weight).sum() / s.weight.sum()
+    ones = torch.ones_like(P[:, 0])
+    fires = torch.isin(s.ids, ids) & (s.gates > 0)
+    s = s.take(fires.any(1))                                      # no other token changes
+    theta = torch.zeros(len(ids), device=P.device, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr, betas=(0.9, 0.99))
+    order = torch.empty(0, dtype=torch.long)
+    for step in range(steps):
         if len(order) < batch:
             order = torch.randperm(len(s.z), generator=rng)
-        b, order = s.take(order[:batch].to(lab.device)), order[batch:]
-        with torch.no_grad():
-            q = (b.z @ lab.W.T).softmax(1) * (1 - w)
+        b = s.take(order[:batch].to(P.device))
+        order = order[batch:]
+        with torch.no_grad():                                     # q_v ~ pi_v (1 - w_v)
+            q = (b.z @ W.T).softmax(1) * (1 - w)
             q /= q.sum(1, keepdim=True).clamp(min=1e-9)
-        logp = (lab.turned(b, 1 + none.index_copy(0, ids, theta)) @ lab.W.T).log_softmax(1)
-        left = logp.exp() @ w                                                                  # (n,) sum_v w_v pi_v
-        kl = (1 - left).clamp(min=1e-4).log() - (q * logp).sum(1)                              # without terms that theta does not move
-        loss = ((kl + lam * left / rate0) * b.weight).sum() / b.weight.sum()
-        opt.param_groups[0]["lr"] = lr * min(1.0, 2 - 2 * step / steps)
-        opt.zero_grad()
+        gains = ones.index_add(0, ids, theta)
+        z = apply_gains(b.z, b.ids, b.gates, gains, P)
+        logp = (z @ W.T).log_softmax(1)
+        left = logp.exp() @ w                                     # rate_t
+        # KL(q || pi (1 - w) / (1 - rate_t)), without the terms that do not depend on theta
+        kl = (1 - left).clamp(min=1e-4).log() - (q * logp).sum(1)
+        value = kl + lam * left / rate_0
+        loss = (value * b.weight).sum() / b.weight.sum()
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 - 2 * step / steps)
+        optimizer.zero_grad()
         loss.backward()
-        opt.step()
-    return none.index_copy(0, ids, theta.detach())
+        optimizer.step()
+    return ones.index_add(0, ids, theta.detach())
 
 
-SIZES, GAINS, FITTED, LAMBDAS = (1, 2, 4, 8, 16, 32), (0.0, -1.0), (16, 64, 256), (0.1, 0.3, 1.0)
+def candidates(model, s, w, ranks, mode="auto", seed=0):
+    """Training States, their rank_prototypes() -> yields (mode, size, setting, gains (M,))"""
+    order = ranks["merit"].argsort(descending=True)
+    ones = torch.ones_like(ranks["merit"])
+    if mode in ("auto", "zero"):
+        for size, gain in itertools.product(SIZES, GAINS):
+            gains = ones.index_fill(0, order[:size], gain)
+            yield "zero", size, f"gain {gain:+g}", gains
+    if mode in ("auto", "fit"):
+        _, rate = measure(model, s, w)
+        for size, lam in itertools.product(FITTED, LAMBDAS):
+            gains = fit(model, s, w, rate, lam, order[:size], seed=seed)
+            gains[(gains - 1).abs() <= 0.02] = 1.0
+            yield "fit", size, f"lambda {lam:g}", gains
 
 
-def candidates(lab, s, w, ranks, mode="auto", seed=0):
-    """Ways to turn a behavior down, from training States and their rank(): yields (mode, size of the group, setting, gains (M,))."""
-    order, M = ranks["merit"].argsort(descending=True), len(lab.P)
-    ones = torch.ones(M, device=lab.device)
-    for size in SIZES:
-        for gain in GAINS if mode in ("auto", "zero") and size <= M else ():
-            yield "zero", size, f"gain {gain:+g}", ones.index_fill(0, order[:size], gain)
-        if mode in ("auto", "reselect") and size <= M - lab.model.config.top_k:
-            yield "reselect", size, "", ones.index_fill(0, order[:size], -math.inf)
-    rate = lab.measure(s, w)[1] if mode in ("auto", "fit") else None
-    for size in sorted({min(n, M) for n in FITTED}) if mode in ("auto", "fit") else ():
-        for lam in LAMBDAS:
-            theta = fit(lab, s, w, rate, lam, order[:size], seed=seed)
-            yield "fit", size, f"lambda {lam:g}", 1 + torch.where(theta.abs() > 0.02, (theta * 1e4).round() / 1e4, 0.0)
-
-
-def write_gains(path, lab, gains, **about):
-    """A gains file that prism.load_gains reads, one number a line. What sweep made of an older one of this name goes."""
+def write_gains(path, run, gains, **facts):
+    """A gains file that common.load_gains reads. The sweep of an older file of this name goes."""
     ids = (gains != 1).nonzero()[:, 0].tolist()
-    mode = "reselect" if (gains == -math.inf).any() else "zero"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".csv", ".png", ".sweep"):
-        path.with_suffix(suffix).unlink(missing_ok=True)
-    with atomic(path, "w", encoding="utf-8") as f:
-        json.dump(dict(checkpoint=fingerprint(lab.model.state_dict()), mode=mode, **about, ids=ids,
-                       gains=[0.0 if mode == "reselect" else round(gains[i].item(), 4) for i in ids]), f, indent=1)
+    values = [round(gain, 4) for gain in gains[ids].tolist()]
+    path.with_suffix(".sweep.json").unlink(missing_ok=True)
+    facts = dict(checkpoint=run.hash, **facts, ids=ids, gains=values)
+    write_json(path, facts)
 
 
-def checked_name(name):
-    if not re.fullmatch(r"[\w-]{1,80}", name):
-        raise UserError(f"name={name!r}, expected letters, digits, _ and -")
-    return name
+def open_run(cfg, **least):
+    """-> Run, after a check of the options named in `least` against their smallest values."""
+    for name, low in least.items():
+        if not low <= getattr(cfg, name) < math.inf:
+            raise UserError(f"{name} is {getattr(cfg, name)}, expected at least {low}")
+    run = Run(cfg.out_dir, cfg.device)
+    if len(run.val) < 4 * run.T:
+        raise UserError(f"the held-out text has {len(run.val)} tokens, expected at least "
+                        f"{4 * run.T}: prepare more text")
+    return run
+
+
+def show(*values):
+    """Prints one row of a table."""
+    for value in values:
+        cell = f"{value:.4f}" if isinstance(value, float) else str(value)
+        print(cell.rjust(12), end=" ")
+    print(flush=True)
 
 
 def find(argv):
     cfg = parse_config(FindConfig, argv)
-    if cfg.mode not in ("auto", "zero", "reselect", "fit"):
-        raise UserError(f"mode={cfg.mode}, expected auto, zero, reselect or fit")
-    if cfg.tokens < 1 or cfg.top < 1 or not 0 <= cfg.price < math.inf:
-        raise UserError(f"tokens is {cfg.tokens}, top {cfg.top}, price {cfg.price}; expected at least 1, 1 and 0")
-    name, lab = checked_name(cfg.name), Lab(cfg.out_dir, cfg.device)
-    w, train, tune, _ = lab.look(cfg)
-    onsets = int(train.onset.sum())
-    print(f"{onsets:,} onsets in {len(train.z):,} training tokens" + (": few; expect little" if onsets < 30 else "") + f"; {int(tune.onset.sum())} in {len(tune.z):,} tokens of the tuning split")
-    ranks = rank(lab, train)
-    print("prototype  margin share  gate contrast   raises")
+    run = open_run(cfg, tokens=1, top=1, price=0, seed=0)
+    model = run.model
+    w, train, tune, _ = behavior_states(run, cfg.behavior, cfg.tokens, cfg.seed)
+    print(f"{int(train.onset.sum()):,} onsets in {len(train.z):,} training tokens")
+    ranks = rank_prototypes(model, train)
+    show("prototype", "margin", "contrast", "raises")
     for i in ranks["margin"].argsort(descending=True)[:cfg.top].tolist():
-        print(f"{i:>9}  {ranks['margin'][i]:>12.1%}  {ranks['contrast'][i]:>+13.3f}   " + " ".join(map(repr, lab.raised(i))))
-    before, best = lab.measure(tune, w), None
-    for mode, size, setting, gains in candidates(lab, train, w, ranks, cfg.mode, cfg.seed):
-        loss, rate = effect(tune, before, lab.measure(tune, w, gains))
-        print(f"{mode:>9} {size:>4} {setting:>10}: rate x {rate:.3f}, loss {loss:+.3f}%", flush=True)
-        if loss <= cfg.price and rate < (best[0] if best else 1.0):
-            best = rate, loss, mode, size, setting, gains
+        logits = model.W[:run.tokenizer.n_vocab] @ model.prototypes[i]
+        raised = [repr(run.decode([t])) for t in logits.argsort(descending=True)[:5]]
+        margin = ranks["margin"][i].item()
+        contrast = ranks["contrast"][i].item()
+        show(i, margin, contrast, " ".join(raised))
+
+    before = measure(model, tune, w)
+    best, lowest = None, 1.0
+    show(*COLUMNS[:5])
+    for mode, size, setting, gains in candidates(model, train, w, ranks, cfg.mode, cfg.seed):
+        after = measure(model, tune, w, gains)
+        loss, rate = effect(tune, before, after)
+        show(mode, size, setting, loss, rate)
+        if loss <= cfg.price and rate < lowest:
+            lowest, best = rate, gains
+            found = dict(by=mode, size=size, setting=setting, tuning_loss_percent=loss,
+                         tuning_rate=rate, **asdict(cfg))
     if best is None:
-        raise UserError(f"nothing that was tried lowers the rate and costs at most {cfg.price}% of loss; raise --price, or try another --mode")
-    rate, loss, mode, size, setting, gains = best
-    path = lab.out_dir / "gains" / f"{name}.json"
-    write_gains(path, lab, gains, behavior=cfg.behavior or None, found=dict(by=mode, size=size, setting=setting, tuning_rate=round(rate, 4), tuning_loss_percent=round(loss, 4),
-                price=cfg.price, seed=cfg.seed, tokens=cfg.tokens, positive=cfg.positive, negative=cfg.negative))
-    print(f"{path}: {int((gains != 1).sum())} prototypes by {mode}{f' ({setting})' * bool(setting)}; on the tuning split, teacher-forced, rate x {rate:.3f}, loss {loss:+.3f}%. "
-          f"Next: python suppress.py {'sweep' if cfg.behavior else 'apply'} --out_dir={cfg.out_dir} --gains={path}")
+        raise UserError(f"nothing of mode {cfg.mode} lowers the rate at a price of at most "
+                        f"{cfg.price}%; raise --price, or try --mode=auto, which is zero and fit")
+    path = run.out_dir / "gains" / f"{cfg.name}.json"
+    write_gains(path, run, best, behavior=cfg.behavior, found=found)
+    print(f"{path}: {found['by']} {found['size']}, {found['setting']}. Next: "
+          f"python suppress.py sweep --out_dir={cfg.out_dir} --gains={path}")
 
 
-# ----------------------------------------------------------------------------- apply and sweep: before and after, and the price
-
-def beginnings(lab, n, seed, length=16):
-    """(n, length) tokens: beginnings of text from the test half of the held-out windows."""
-    rng, T = np.random.default_rng(seed), lab.T
-    length = min(length, T // 2)
-    at = 2 * T * rng.integers((len(lab.val) - 1) // (2 * T), size=n) + T + rng.integers(T - length, size=n)
-    return torch.from_numpy(lab.val[at[:, None] + np.arange(length)].astype(np.int64)).to(lab.device)
-
-
-def continued(lab, idx, cfg, gains=None):
-    """idx (n, L) -> the new tokens (n, max_new_tokens), sampled 64 rows at a time; the same cfg.seed gives the same draws."""
-    top_p = getattr(cfg, "top_p", None)
-    return np.concatenate([lab.model.generate(idx[i:i + 64], cfg.max_new_tokens, cfg.temperature, top_p=top_p, seed=cfg.seed + i, gains=gains,
-                                              n_vocab=lab.tokenizer.n_vocab)[:, idx.size(1):].cpu().numpy() for i in range(0, len(idx), 64)])
+# ------------------------------------------- apply and sweep: before and after, and the price
+def beginnings(run, n, seed):
+    """-> (n, 16) tokens: beginnings of text from the test half of the held-out windows."""
+    T = run.T
+    rng = np.random.default_rng(seed)
+    length = min(16, T // 2)
+    window = 1 + 2 * rng.integers((len(run.val) - 1) // (2 * T), size=n)
+    start = window * T + rng.integers(T - length, size=n)
+    tokens = run.val[start[:, None] + np.arange(length)]
+    return torch.from_numpy(tokens.astype(np.int64)).to(run.device)
 
 
-def counted(lab, idx, new, pattern):
-    """Matches (n,) that begin in the new tokens."""
-    n = idx.size(1)
-    return np.array([marks(np.concatenate((p, y)), pattern, lab.pieces)[1][n:].sum() for p, y in zip(idx.cpu().numpy(), new)])
+def continuations(run, idx, max_new_tokens, temperature, seed, gains=None, top_p=None):
+    """idx (n, L) -> (n, L + max_new_tokens), sampled. One seed gives the same draws."""
+    parts = []
+    for i, rows in enumerate(idx.split(64)):
+        whole = run.model.generate(rows, max_new_tokens, temperature, top_p=top_p, gains=gains,
+                                   seed=seed + 64 * i, n_vocab=run.tokenizer.n_vocab)
+        parts.append(whole)
+    return torch.cat(parts)
+
+
+def count_matches(run, rows, pattern, start):
+    """rows (n, L) -> matches (n,) that begin at token `start` or later."""
+    pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
+    counts = []
+    for row in rows.tolist():
+        _, onset = marks(row, pattern, pieces)
+        counts.append(onset[start:].sum())
+    return np.array(counts)
 
 
 def shuffled(gains, fires, seed, width=16):
-    """The control: the same gains on random prototypes that fire about as often. A small group's go to other prototypes, each to one
-    of the `width` nearest in the order of firing; those of most prototypes are shuffled among `width` neighbours. -> (M,)"""
-    order, rng = fires.argsort(stable=True).tolist(), np.random.default_rng(seed)
-    moved = (gains != 1).tolist()
-    if 4 * sum(moved) > len(moved):
-        source = [i for at in range(0, len(order), width) for i in rng.permutation(order[at:at + width]).tolist()]
-        return torch.empty_like(gains).index_copy_(0, torch.tensor(order, device=gains.device), gains[source])
-    out, free = torch.ones_like(gains), [(place, i) for place, i in enumerate(order) if not moved[i]]
-    for place, i in enumerate(order):
-        if moved[i]:
-            near = sorted(range(len(free)), key=lambda j: abs(free[j][0] - place))[:width]
-            out[free.pop(int(rng.choice(near)))[1]] = gains[i]
-    return out
+    """The control: the same gains (M,) on other prototypes that fire about as often -> (M,)
 
-
-def about(path):
-    """A gains file as a dict, of which load_gains has checked the numbers."""
-    return json.loads(Path(path).read_text("utf-8"))
-
-
-def need_gains(cfg):
-    if not cfg.gains:
-        raise UserError("no gains file; find some first: python suppress.py find --behavior='>>>' --name=examples, then --gains=out/gains/examples.json")
+    Each goes to one of the `width` nearest in the order of firing whose own gain is 1.
+    """
+    rng = np.random.default_rng(seed)
+    order = fires.argsort(stable=True)
+    given = gains[order].cpu().numpy()
+    placed = np.ones_like(given)
+    free = np.arange(len(given))
+    for place in np.flatnonzero(given != 1):
+        distance = np.abs(free - place) + len(given) * (given[free] != 1)
+        near = distance.argsort(kind="stable")[:width]
+        j = rng.choice(near)
+        placed[free[j]] = given[place]
+        free = np.delete(free, j)
+    control = torch.empty_like(gains)
+    control[order] = torch.from_numpy(placed).to(gains)
+    return control
 
 
 def apply(argv):
     cfg = parse_config(ApplyConfig, argv)
-    need_gains(cfg)
-    if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
-        raise UserError(f"num_samples is {cfg.num_samples}, max_new_tokens {cfg.max_new_tokens}; expected at least 1")
-    lab = Lab(cfg.out_dir, cfg.device)
-    gains = load_gains(cfg.gains, lab.model)
-    named = [about(path).get("behavior") for path in cfg.gains.split(",")] if not Path(cfg.gains).exists() else [about(cfg.gains).get("behavior")]
-    patterns = [compiled(p) for p in named if isinstance(p, str)]
+    run = open_run(cfg, num_samples=1, max_new_tokens=1, seed=0)
+    gains = load_gains(cfg.gains, run.model)
+    idx = beginnings(run, cfg.num_samples, cfg.seed)
     if cfg.prompt:
-        ids = lab.tokenizer.encode_ordinary(cfg.prompt)
-        idx = torch.tensor([ids] * cfg.num_samples, device=lab.device)
-    else:
-        idx = beginnings(lab, cfg.num_samples, cfg.seed)
-    both = [continued(lab, idx, cfg, g) for g in (None, gains)]
-    for i, rows in enumerate(zip(*both)):
-        print(f"--- {i + 1}: {plain(lab.tokenizer.decode(idx[i].tolist()))}")
-        for name, row in zip(("before", " after"), rows):
-            print(f"{name} | " + plain(lab.tokenizer.decode(row.tolist()), keep="\n").replace("\n", "\n       | "))
-    for pattern in patterns:
-        n = [counted(lab, idx, new, pattern).sum() for new in both]
-        print(f"{pattern.pattern!r}: {n[0]} matches before, {n[1]} after, in {both[0].size} tokens each")
+        prompt = run.tokenizer.encode_ordinary(cfg.prompt)
+        idx = torch.tensor([prompt] * cfg.num_samples, device=run.device)
+    options = cfg.max_new_tokens, cfg.temperature, cfg.seed
+    before = continuations(run, idx, *options, top_p=cfg.top_p)
+    after = continuations(run, idx, *options, gains, cfg.top_p)
+    for i in range(cfg.num_samples):
+        print(f"--- {i + 1}: {plain(run.decode(idx[i]))}")
+        for side, rows in ("before", before), (" after", after):
+            new = rows[i, idx.size(1):]
+            print(f"{side} | {plain(run.decode(new))}")
 
 
 def sweep(argv):
     cfg = parse_config(SweepConfig, argv)
-    lab = Lab(cfg.out_dir, cfg.device)
-    need_gains(cfg)
-    if "," in cfg.gains:
-        raise UserError(f"gains={cfg.gains}: sweep takes one file, that of find; apply shows several together")
-    gains, made, path = load_gains(cfg.gains, lab.model), about(cfg.gains), Path(cfg.gains)
-    if not isinstance(made.get("behavior"), str):
-        raise UserError(f"{path} names no behavior to count; it was not made by find --behavior")
-    if cfg.prompts < 2 or cfg.max_new_tokens < 1:
-        raise UserError(f"prompts is {cfg.prompts}, max_new_tokens {cfg.max_new_tokens}; expected at least 2 and 1")
-    pattern = compiled(made["behavior"])
-    w, train, _, test = lab.look(FindConfig(behavior=made["behavior"], tokens=cfg.tokens, seed=cfg.seed))
-    before, ranks, rows = lab.measure(test, w), rank(lab, train), []
-    fires = ranks["fires"]
-    for mode, size, setting, g in [*candidates(lab, train, w, ranks, seed=cfg.seed), ("chosen", int((gains != 1).sum()), "", gains)]:
-        (loss, rate), (control_loss, control_rate) = (effect(test, before, lab.measure(test, w, u)) for u in (g, shuffled(g, fires, cfg.seed)))
-        rows.append(dict(mode=mode, size=size, setting=setting, rate=round(rate, 4), loss_percent=round(loss, 4), control_rate=round(control_rate, 4), control_loss_percent=round(control_loss, 4)))
-        print(f"{mode:>9} {size:>4} {setting:>10}: rate x {rate:.3f}, loss {loss:+.3f}%; the same gains on others: x {control_rate:.3f}, {control_loss:+.3f}%", flush=True)
-    # sampled text: before, after, and the control
-    idx = beginnings(lab, cfg.prompts, cfg.seed)
-    text = {n: continued(lab, idx, cfg, g) for n, g in (("before", None), ("after", gains), ("control", shuffled(gains, fires, cfg.seed)))}
-    count = {n: counted(lab, idx, new, pattern) for n, new in text.items()}
-    per = {n: interval(1000.0 * c, np.full(len(c), float(cfg.max_new_tokens))) for n, c in count.items()}
-    after = lab.measure(test, w, gains)[0]
-    window = np.unique(test.window.cpu().numpy(), return_inverse=True)[1]
-    loss, low, high = interval(*(np.bincount(window, (u * test.free).cpu()) for u in (after - before[0], before[0])))
-    cut, control = (round(1 - count[n].sum() / count["before"].sum(), 4) if count["before"].sum() else None for n in ("after", "control"))
-    result = dict(name=path.stem, behavior=made["behavior"], gains=str(path), options=asdict(cfg), rows=rows, per_1000_tokens={n: [round(x, 4) for x in v] for n, v in per.items()},
-                  matches={n: int(c.sum()) for n, c in count.items()}, loss_percent=[round(100 * x, 4) for x in (loss, low, high)], cut=cut, control_cut=control)
-    shown = np.argsort(-count["before"], kind="stable")[:4]
-    for n in ("before", "after"):
-        result[n] = [lab.tokenizer.decode([*idx[i].tolist(), *text[n][i].tolist()]) for i in shown]
-    with atomic(path.with_suffix(".csv"), "w", newline="") as f:
-        table = csv.DictWriter(f, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    said = ("matches per 1,000 tokens " + "; ".join(f"{n} {v[0]:.2f} [{v[1]:.2f}, {v[2]:.2f}]" for n, v in per.items())
-            + (": none before, so nothing to cut: raise --prompts" if cut is None else f": cut by {cut:.0%}, by random prototypes (one draw) {control:.0%}") + f"; loss {100 * loss:+.3f}% [{100 * low:+.3f}, {100 * high:+.3f}]")
-    result["summary"], result["checkpoint"] = said, made["checkpoint"]
-    price = made["found"].get("price") if isinstance(made.get("found"), dict) else None
-    result["plot"] = picture(rows, made["behavior"], price if isinstance(price, (int, float)) else 0.0, path.with_suffix(".png"))
-    with atomic(path.with_suffix(".sweep"), "w", encoding="utf-8") as f:
-        json.dump(result, f)
-    print(f"{path.with_suffix('')}.csv, .png, .sweep (python attribute.py report shows them)")
-    print(said)
+    run = open_run(cfg, prompts=2, max_new_tokens=1, tokens=1, seed=0)
+    model, path = run.model, Path(cfg.gains)
+    gains = load_gains(cfg.gains, model)
+    with reading(f"gains file '{path}'", "sweep takes one file that suppress.py find wrote"):
+        facts = json.loads(path.read_text("utf-8"))
+        pattern = re.compile(facts["behavior"])
+        price = float(facts["found"]["price"])
+    w, train, _, test = behavior_states(run, facts["behavior"], cfg.tokens, cfg.seed)
+    ranks = rank_prototypes(model, train)
+    before = measure(model, test, w)
 
+    # teacher-forced: each candidate, and the same gains on other prototypes
+    proposed = candidates(model, train, w, ranks, seed=cfg.seed)
+    chosen = "chosen", int((gains != 1).sum()), "", gains
+    rows = []
+    show(*COLUMNS[:5], "control loss", "control rate")
+    for mode, size, setting, g in itertools.chain(proposed, [chosen]):
+        control = shuffled(g, ranks["fires"], cfg.seed)
+        after = measure(model, test, w, g)
+        other = measure(model, test, w, control)
+        row = [mode, size, setting]
+        for measured in after, other:
+            row += [round(x, 4) for x in effect(test, before, measured)]
+        rows.append(dict(zip(COLUMNS, row)))
+        show(*row)
+    loss = loss_interval(test, before, after, run.T)              # of the chosen gains, the last
 
-def picture(rows, behavior, price, path):
-    """Effect against price, a color a mode, the random controls hollow, the chosen point a star, the allowed price dotted -> a data address of the PNG at path."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for mode, color, marker in (("zero", "#0072B2", "o"), ("reselect", "#E69F00", "s"), ("fit", "#009E73", "^"), ("chosen", "#000000", "*")):
-        mine = [r for r in rows if r["mode"] == mode]
-        style = dict(color=color, marker=marker, linestyle="", markersize=12 if mode == "chosen" else 6)
-        ax.plot([r["loss_percent"] for r in mine], [r["rate"] for r in mine], label=mode, **style)
-        ax.plot([r["control_loss_percent"] for r in mine], [r["control_rate"] for r in mine], markerfacecolor="none", **style)
-    ax.axvline(price, color="#999999", linestyle=":", label=f"price, {price:g}%")
-    ax.set_xscale("symlog", linthresh=0.5, linscale=1.5)
-    ax.set_xticks(ticks := [x for x in (-1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 5, 10, 20, 50) if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]], [f"{x:g}" for x in ticks])
-    ax.minorticks_off()
-    ax.set(xlabel="rise of the loss of text without it, %", ylabel="rate of the behavior, share of before", ylim=(0, None))
-    ax.set_title(behavior[:60].replace("$", r"\$") + "   (hollow: the same gains on random prototypes)", fontsize=9)
-    ax.legend()
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=110)
-    plt.close(fig)
-    with atomic(path) as f:
-        f.write(buffer.getvalue())
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# ----------------------------------------------------------------------------- calibrate: linear controllers
-
-class Scored(NamedTuple):
-    """The scored tokens of every choice of every item, and what they need: N tokens, C choices in all, of n items."""
-    states: States         # N tokens
-    choice: torch.Tensor   # (N,) which of the C choices
-    item: np.ndarray       # (C,)
-    size: torch.Tensor     # (C,) bytes scored
-    label: np.ndarray      # (n,) the right choice, among the C
-
-
-def read_items(lab, items):
-    """Items -> Scored. A choice is read behind its context, or behind the end of a text where that is empty; the oldest tokens go
-    where both are longer than the context holds."""
-    states, choice, item, size, label, T = [], [], [], [], [], lab.T
-    for n, x in enumerate(items):
-        rows = []
-        for j, c in enumerate(x["choices"]):
-            given = x.get("given", [0] * len(x["choices"]))[j]
-            whole = lab.tokenizer.encode_ordinary(x["context"] + c)
-            head = lab.tokenizer.encode_ordinary(x["context"] + c[:given])
-            # scored: from the first token that is not the context's; the tokenizer may join the context's end and the choice
-            start = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), min(len(head), len(whole) - 1))
-            if len(whole) - start > T:
-                raise UserError(f"item {x.get('id', n + 1)}: choice {j} has {len(whole) - start} tokens, the context holds {T}")
-            if start == 0:
-                whole, start = [lab.tokenizer.eot_token, *whole], 1
-            cut = max(0, len(whole) - T - 1)
-            rows.append((whole[cut:], start - cut))
-            size.append(len(c[given:].encode()))
-        label.append(len(item) + x["label"])
-        idx = torch.zeros(len(rows), max(len(r) for r, _ in rows), dtype=torch.long, device=lab.device)
-        for row, (r, _) in zip(idx, rows):
-            row[:len(r)] = torch.tensor(r)
-        with torch.no_grad():
-            z = lab.model.hidden(idx[:, :-1])
-        for j, (r, start) in enumerate(rows):
-            states.append((z[j, start - 1:len(r) - 1], idx[j, start:len(r)]))
-            choice += [len(item) + j] * (len(r) - start)
-        item += [n] * len(rows)
-    z, y = (torch.cat(u) for u in zip(*states))
-    m, ones = lab.model.mixture(z), torch.ones(len(z), device=lab.device)
-    return Scored(States(z, m.ids, m.gates, y, ones > 1, ones > 0, ones, ones), torch.tensor(choice, device=lab.device), np.array(item),
-                  torch.tensor(size, device=lab.device), np.array(label))
-
-
-@torch.no_grad()
-def choice_scores(lab, s, kind, gains=None, temperature=1.0, directions=None, slopes=False):
-    """-> the scores (C,) of all choices; with `slopes` also their derivatives by the gains (C, M) at these gains, the sum over a choice's
-    tokens of a_ti <W_y - W^T pi_t, p_i>. Other `directions` (M, d) may stand for the prototypes."""
-    P, st = lab.P if directions is None else directions, s.states
-    gains = torch.ones(len(P), device=lab.device) if gains is None else gains
-    score, slope = torch.zeros(len(s.size), device=lab.device), torch.zeros(len(s.size) if slopes else 0, len(P), device=lab.device)
-    for i in range(0, len(st.z), 2048):
-        at = slice(i, i + 2048)
-        z = st.z[at] + F.embedding_bag(st.ids[at], P, per_sample_weights=st.gates[at] * (gains - 1)[st.ids[at]], mode="sum")
-        logp = (z @ lab.W.T / temperature).log_softmax(1)
-        score.index_add_(0, s.choice[at], logp.gather(1, st.y[at, None])[:, 0])
-        if slopes:
-            error = lab.W[st.y[at]] - logp.exp() @ lab.W
-            slices = (error @ P.T).gather(1, st.ids[at]) * st.gates[at]                         # (n, k)
-            slope.view(-1).index_add_(0, (s.choice[at, None] * len(P) + st.ids[at]).flatten(), slices.flatten())
-    if kind == "norm":
-        score, slope = score / s.size, slope / s.size[:, None] if slopes else slope
-    return (score, slope) if slopes else score
-
-
-def right(scores, s, items):
-    """scores (C,) -> whether each of `items` has its right choice on top (a tie is no success)."""
-    scores, out = scores.cpu().numpy(), []
-    for n in items:
-        mine = np.flatnonzero(s.item == n)
-        best = mine[scores[mine] == scores[mine].max()]
-        out.append(len(best) == 1 and best[0] == s.label[n])
-    return np.array(out)
-
-
-def likelihood(scores, s, items):
-    """Mean over `items` of -log softmax of the right choice's score among the item's."""
-    n = len(s.label)
-    item, scores = torch.from_numpy(s.item).to(scores.device), scores.double()
-    top = torch.full((n,), -math.inf, dtype=scores.dtype, device=scores.device).scatter_reduce_(0, item, scores, "amax")
-    total = torch.zeros_like(top).index_add_(0, item, (scores - top[item]).exp()).log() + top
-    return (total - scores[torch.from_numpy(s.label).to(scores.device)])[torch.as_tensor(items, device=scores.device)].mean()
-
-
-def controller(score, slope, s, items, l2, l1, steps=300):
-    """theta (M,), the minimum of  likelihood(score + slope theta) + l2/2 |theta|^2 + l1 |theta|_1  over `items`: convex, by FISTA
-    (Beck and Teboulle 2009) with a backtracked step."""
-    theta = look = slope.new_zeros(slope.size(1))
-    momentum, step = 1.0, 16.0
-
-    def smooth(x, grad=False):
-        v = (score + slope @ x).requires_grad_(grad)
-        value = likelihood(v, s, items)
-        return value + l2 / 2 * x.square().sum(), (slope.T @ torch.autograd.grad(value, v)[0] + l2 * x if grad else None)
-    for _ in range(steps):
-        value, grad = smooth(look, True)
-        while True:
-            new = look - step * grad
-            new = new.sign() * (new.abs() - step * l1).clamp(min=0)
-            move = new - look
-            if smooth(new)[0] <= value + (grad * move).sum() + move.square().sum() / (2 * step) + 1e-9 or step < 1e-6:
-                break
-            step /= 2
-        after = (1 + math.sqrt(1 + 4 * momentum ** 2)) / 2
-        theta, look, momentum = new, new + (momentum - 1) / after * (new - theta), after
-    return theta
-
-
-def sharpness(score, s, items):
-    """The factor b on the scores with the best likelihood of `items`. Sums of log-probabilities are far too sure; with b taken
-    out, gains are fitted to tell choices apart and not to make all of them less sure."""
-    return min(np.geomspace(0.01, 3, 60).tolist(), key=lambda b: likelihood(b * score, s, items).item())
-
-
-PENALTIES = [(l2, l1) for l2 in (0.001, 0.0003, 0.0001) for l1 in (0.0, 0.0001)]
-ROUNDS = 3
-
-
-def calibrated(lab, s, kind, folds, directions=None):
-    """Gains (M,) for the items of s: logits are linear in theta = g - 1, so scores are, to first order; the convex problem is solved
-    where the last solution left it, ROUNDS times. The penalties (l2, l1) are those of the best likelihood in the first round over
-    `folds` (a list of arrays of items); if none beats no controller at all, gains are ones. -> gains, penalties"""
-    items, gains = np.concatenate(folds), torch.ones(len(lab.P), device=lab.device)
-    for turn in range(ROUNDS):
-        score, slope = choice_scores(lab, s, kind, gains, directions=directions, slopes=True)
-        b = sharpness(score, s, items)
-        score, slope = b * (score - slope @ (gains - 1)), b * slope                             # as functions of theta
-        if not turn:
-            losses = {p: sum(likelihood(score + slope @ controller(score, slope, s, np.setdiff1d(items, fold), *p, 150), s, fold).item() * len(fold) for fold in folds) / len(items)
-                      for p in PENALTIES}
-            best = min(losses, key=losses.get)
-            if losses[best] >= likelihood(score, s, items).item():
-                return gains, None
-        gains = 1 + controller(score, slope, s, items, *best)
-    return gains, best
-
-
-def calibrate(argv):
-    from data.tasks import load_items
-    cfg = parse_config(CalibrateConfig, argv)
-    if cfg.score not in ("sum", "norm") or cfg.folds < 2 or not 0 < cfg.share < 1 or cfg.trace < 0:
-        raise UserError(f"score={cfg.score}, folds={cfg.folds}, share={cfg.share}, trace={cfg.trace}; expected sum or norm, at least 2, between 0 and 1, at least 0")
-    if not cfg.task:
-        raise UserError("no --task; make one: python data/prepare.py cloze --dataset=pydoc, then --task=data/pydoc/cloze.jsonl")
-    name, items, rng = checked_name(cfg.name), load_items(cfg.task), np.random.default_rng(cfg.seed)
-
-    def documents(rows):
-        return np.unique([str(x.get("document", n)) for n, x in enumerate(rows)], return_inverse=True)[1]
-    if cfg.calibration:
-        fitted = load_items(cfg.calibration)
-    else:
-        owner = documents(items)
-        mine = np.isin(owner, rng.permutation(owner.max() + 1)[:round(cfg.share * (owner.max() + 1))])
-        fitted, items = ([x for x, u in zip(items, mine) if u == side] for side in (True, False))
-    owner = documents(fitted) if fitted else np.zeros(0, int)
-    parts = np.array_split(rng.permutation(owner.max() + 1 if len(owner) else 0), cfg.folds)  # no document is in two folds
-    folds = [np.flatnonzero(np.isin(owner, part)) for part in parts]
-    if min(map(len, folds)) < 1 or len(items) < 2:
-        raise UserError(f"{len(fitted)} items to calibrate on, {len(items)} to test on, too few for {cfg.folds} folds of different documents; give more items or fewer --folds")
-    seen = {(x["context"], *x["choices"]) for x in fitted}
-    if any((x["context"], *x["choices"]) in seen for x in items):
-        raise UserError(f"{cfg.calibration} holds items of {cfg.task}; calibrate on others: python data/prepare.py cloze --split=train")
-    lab = Lab(cfg.out_dir, cfg.device)
-    s, test = read_items(lab, fitted), read_items(lab, items)
-    gains, penalties = calibrated(lab, s, cfg.score, folds)
-    gains = torch.where((gains - 1).abs() > 1e-3, (gains * 1e4).round() / 1e4, 1.0)
-    print(f"{len(fitted)} items calibrate in {cfg.folds} folds, {len(items)} test; " + (f"l2 {penalties[0]:g}, l1 {penalties[1]:g}: {int((gains != 1).sum())} gains"
-          if penalties else "no penalty beats leaving all gains at 1"), flush=True)
-
-    # -- the controls: one temperature; random directions with the prototypes' gates and lengths
-    every, whole = np.arange(len(items)), np.arange(len(fitted))
-    tau = max((0.5, 0.7, 1.0, 1.4, 2.0), key=lambda t: (right(choice_scores(lab, s, cfg.score, temperature=t), s, whole).mean(), -abs(math.log(t))))
-    random = F.normalize(torch.randn(lab.P.shape, generator=torch.Generator().manual_seed(cfg.seed)).to(lab.device), dim=1) * lab.P.norm(dim=1, keepdim=True)
-    other, _ = calibrated(lab, s, cfg.score, folds, random)
-    sides = {"uncalibrated": {}, "controller": dict(gains=gains), f"temperature {tau:g}": dict(temperature=tau), "random directions": dict(gains=other, directions=random)}
-    owner, result, scores = documents(items), {}, {}
-
-    def points_of(side, other):
-        """Points of accuracy of one side over another, and their interval: documents are drawn again, with all their items."""
-        return [100 * u for u in interval(np.bincount(owner, scores[side].astype(float) - scores[other]), np.bincount(owner).astype(float), cfg.seed)]
-    for side, options in sides.items():
-        scores[side] = right(choice_scores(lab, test, cfg.score, **options), test, every)
-        points = points_of(side, "uncalibrated")
-        fit_accuracy = float(right(choice_scores(lab, s, cfg.score, **options), s, whole).mean())
-        result[side.split()[0]] = dict(accuracy=float(scores[side].mean()), points=points, calibration_accuracy=fit_accuracy)
-        print(f"{side:>18}: accuracy {scores[side].mean():.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}]; {fit_accuracy:.1%} where it was fitted", flush=True)
-
-    over = points_of("controller", "random directions")
-    print(f"controller against random directions: {over[0]:+.1f} points [{over[1]:+.1f}, {over[2]:+.1f}]")
-    result["over_random"] = over
-
-    # -- the largest gains, traced to training text and to the items that they turned
-    traced = trace(lab, gains, test, items, scores["uncalibrated"], scores["controller"], cfg)
-    path = lab.out_dir / "gains" / f"{name}.json"
-    write_gains(path, lab, gains, task=cfg.task, found=dict(by="calibrate", penalties=penalties, calibration=cfg.calibration, score=cfg.score, folds=cfg.folds, share=cfg.share, seed=cfg.seed,
-                result=result), traced=traced)
-    points = result["controller"]["points"]
-    print(f"{path}: accuracy {result['uncalibrated']['accuracy']:.1%} -> {result['controller']['accuracy']:.1%}, {points[0]:+.1f} points [{points[1]:+.1f}, {points[2]:+.1f}] on {len(items)} items")
-
-
-def trace(lab, gains, s, items, was, now, cfg):
-    """The largest gains: for each prototype the tokens that it raises, the training tokens where its gate is largest (of the first 131,072), and the test
-    items that the controller turned and in which it did most. Printed, and returned as plain values."""
-    theta, (before, slope), after = gains - 1, choice_scores(lab, s, cfg.score, slopes=True), choice_scores(lab, s, cfg.score, gains)
-    turned = [(n, bool(now[n])) for n in np.flatnonzero(was != now)]
-    print(f"{sum(up for _, up in turned)} test items turned right, {sum(not up for _, up in turned)} wrong")
-    most = {}                                                                                  # item -> the prototype that did most, for the right choice or against
-    for n, up in turned:
-        mine = np.flatnonzero(s.item == n)
-        rival = max((c for c in mine if c != s.label[n]), key=lambda c: float((before if up else after)[c]))
-        most[n] = int(((slope[s.label[n]] - slope[rival]) * theta * (1 if up else -1)).argmax())
-    tokens = np.asarray(lab.train[:2 ** 17]).astype(np.int64)
-    none = np.zeros(len(tokens), bool)
-    train, found = lab.states(tokens, none, none, np.arange((len(tokens) - 1) // lab.T)), []
-    for i in theta.abs().argsort(descending=True)[:cfg.trace].tolist():
-        if not theta[i]:
-            break
-        gate = (train.gates * (train.ids == i)).sum(1)
-        near = []
-        for at in [j for j in gate.topk(min(3, len(gate))).indices.tolist() if gate[j] > 0]:
-            place = int(train.window[at]) * lab.T + at % lab.T + 1                            # of the token to be predicted
-            near.append("".join((lab.tokenizer.decode(tokens[max(0, place - 12):place]), "«", lab.tokenizer.decode(tokens[place:place + 1]), "»")))
-        mine = [n for n, _ in turned if most[n] == i]
-        raised = lab.raised(i)
-        found.append(dict(prototype=i, gain=round(1 + theta[i].item(), 4), raises=raised, training=near, turned=[str(items[n].get("id", n)) for n in mine]))
-        print(f"prototype {i}, gain {1 + theta[i]:.2f}: raises {' '.join(map(repr, raised))}; did most in {len(mine)} turned items {' '.join(found[-1]['turned'][:3])}")
-        for text in near:
-            print(f"    {plain(text)!r}")
-    return found
-
-
-# ----------------------------------------------------------------------------- command line
-
-COMMANDS = {"find": find, "apply": apply, "sweep": sweep, "calibrate": calibrate}
+    # sampled: before, after, and with the control of the chosen gains
+    idx = beginnings(run, cfg.prompts, cfg.seed)
+    thousands = np.full(cfg.prompts, cfg.max_new_tokens / 1000)
+    text, matches, per_1000 = {}, {}, {}
+    summary = "matches per 1,000 tokens:"
+    for side, g in ("before", None), ("after", gains), ("control", control):
+        whole = continuations(run, idx, cfg.max_new_tokens, cfg.temperature, cfg.seed, g)
+        count = count_matches(run, whole, pattern, idx.size(1))
+        if side == "before":
+            most = count.argsort()[-4:]
+        text[side] = [run.decode(whole[i]) for i in most]
+        matches[side] = int(count.sum())
+        per_1000[side] = mean, low, high = interval(count, thousands)
+        summary += f" {side} {mean:.2f} [{low:.2f}, {high:.2f}],"
+    summary += f" loss {loss[0]:+.3f}% [{loss[1]:+.3f}, {loss[2]:+.3f}]"
+    cut = control_cut = None
+    if matches["before"]:
+        cut = 1 - matches["after"] / matches["before"]
+        control_cut = 1 - matches["control"] / matches["before"]
+    result = dict(
+        name=path.stem, behavior=facts["behavior"], checkpoint=run.hash, price=price,
+        options=asdict(cfg), rows=rows, loss_percent=loss, per_1000_tokens=per_1000,
+        matches=matches, cut=cut, control_cut=control_cut, summary=summary,
+        before=text["before"], after=text["after"])
+    path = path.with_suffix(".sweep.json")
+    write_json(path, result)
+    print(f"{path}: python report.py shows it")
+    print(summary)
 
 
 def main(argv):
-    run_command(COMMANDS, __doc__, argv)
+    run_command({"find": find, "apply": apply, "sweep": sweep}, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Text from a trained run, or the ledger of a prediction.
+
+    python sample.py --prompt="Return the number of"
+    python sample.py --prompt="Return the number of" --explain
+
+The ledger of a token y:  logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, residual + slices.
+"""
+from dataclasses import dataclass
+
+import torch
+
+from common import Run, load_gains, parse_config, run_main
+from prism import UserError
+
+
+@dataclass
+class SampleConfig:
+    prompt: str = "\n"           # the text to continue
+    explain: bool = False        # print the ledger of the prompt's tokens and of the likeliest next
+    out_dir: str = "out"         # the run
+    max_new_tokens: int = 100    # length of the continuation
+    num_samples: int = 1         # continuations, each with the next seed
+    temperature: float = 0.8     # 0 is greedy
+    top_k: int = 0               # keep the likeliest tokens only; 0 keeps all
+    top_p: float = 1.0           # keep the smallest set of tokens with this probability
+    seed: int = 1337             # one seed, one text
+    gains: str = ""              # gains files that raise or lower prototypes, commas between
+    device: str = "auto"         # auto, cpu, cuda or mps
+
+
+def sample(run, ids, gains, cfg):
+    idx = torch.tensor([ids], device=run.device)
+    eot = run.tokenizer.eot_token
+    for i in range(cfg.num_samples):
+        out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None,
+                                 cfg.top_p, cfg.seed + i, gains, eot, run.tokenizer.n_vocab)
+        if i:
+            print("-" * 20)
+        print(run.decode(t for t in out[0] if t != eot))
+
+
+def explain(run, ids, gains, top=4):
+    """Prints the ledger: a line per token, with its `top` largest slices."""
+    idx = torch.tensor([ids], device=run.device)
+    logits, _ = run.model(idx, gains=gains)
+    likeliest = logits[0, -1, :run.tokenizer.n_vocab].argmax().item()
+    targets = [*ids[1:], likeliest]
+    e = run.model.explain(idx, torch.tensor([targets], device=run.device), gains)
+    protos, gates, logit = e.prototypes[0], e.gates[0], e.logit[0]
+    slices = e.contributions[0].double()                          # (T, k)
+    residual = e.residual[0].double()                             # (T,)
+    total = slices.sum(-1)
+    print("           token     logit =  residual +    slices   largest: prototype, share (gate)")
+    for t, y in enumerate(targets):
+        largest = slices[t].abs().argsort(descending=True)[:top]
+        parts = [f"{protos[t, j]} {slices[t, j]:+.3f} ({gates[t, j]:.2f})" for j in largest]
+        token = repr(run.decode([y]))
+        print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}  ",
+              ", ".join(parts))
+    error = (residual + total - logit).abs().max()
+    print("the last token is the model's choice; largest |residual + slices - logit|: "
+          f"{error:.1e} of logits up to {logit.abs().max():.1f}")
+
+
+def main(argv):
+    cfg = parse_config(SampleConfig, argv)
+    run = Run(cfg.out_dir, cfg.device, text=False)
+    ids = run.tokenizer.encode_ordinary(cfg.prompt)
+    if not ids:
+        raise UserError("the prompt is empty; give at least one character: --prompt=\"The\"")
+    gains = load_gains(cfg.gains, run.model) if cfg.gains else None
+    if cfg.explain:
+        explain(run, ids, gains)
+    else:
+        sample(run, ids, gains, cfg)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,312 @@
+"""The experiments on quality and speed, and their tables, in their smallest form."""
+import csv
+import importlib.util
+import json
+import math
+import shlex
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = "", "quality", "speed"
+sys.path[:0] = [str(ROOT / "experiments" / name) for name in FOLDERS]
+
+import attribution_speed  # noqa: E402
+import grounding  # noqa: E402
+import picture  # noqa: E402
+import quality  # noqa: E402
+import resume  # noqa: E402
+import retrofit  # noqa: E402
+import tables  # noqa: E402
+import throughput  # noqa: E402
+import tools  # noqa: E402
+import train  # noqa: E402
+import twin  # noqa: E402
+from common import UserError, load_checkpoint, load_tensors, parse_config  # noqa: E402
+
+TINY = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=20 "
+        "--batch_size=4 --total_batch_tokens=64 --eval_interval=10 --device=cpu --dtype=float32")
+PNG = b"\x89PNG"
+
+
+def trains_here(monkeypatch, module):
+    """tools.trained of an experiment, in this process: seconds instead of a start of Python."""
+    def trained(out_dir, *options):
+        keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        train.main([f"--out_dir={out_dir}", *options, "--resume"])
+        for number, handler in keep.items():
+            signal.signal(number, handler)
+        return Path(out_dir)
+    monkeypatch.setattr(module, "trained", trained)
+
+
+def dataset_of(out_dir):
+    return json.loads((out_dir / "config.json").read_text())["dataset"]
+
+
+# ------------------------------------------- tools
+
+def test_a_run_is_trained_once_and_never_with_other_options(dataset, tmp_path, monkeypatch):
+    words = f"--dataset={dataset}", *TINY.split()
+    out = tools.trained(tmp_path / "run", *words)
+    assert load_tensors(out / "last.pt")["step"] == 20
+    with monkeypatch.context() as patch:
+        patch.setattr(tools.subprocess, "run", None)              # nothing more may be started
+        assert tools.trained(out, *words) == out
+        with pytest.raises(UserError, match="has other options"):
+            tools.trained(out, *words, "--seed=3")
+    ckpt = load_tensors(out / "ckpt.pt")
+    twin_config = parse_config(train.TrainConfig, tools.options_of(ckpt))
+    differs = {"out_dir", "resume", "device", "vocab_size"}
+    for name, value in ckpt["train_config"].items():
+        assert name in differs or getattr(twin_config, name) == value
+
+
+    with pytest.raises(UserError, match="train.py failed.*top_k is 99"):
+        tools.trained(tmp_path / "wrong", *words, "--top_k=99")
+
+
+def test_results_name_their_origin(tmp_path):
+    tools.save_results(tmp_path / "r.json", {"x": 1})
+    found = tools.read_results(tmp_path / "r.json")
+    assert found["x"] == 1 and found["torch"] == torch.__version__
+    assert {"machine", "revision", "date", "command"} < set(found)
+    assert tools.read_results(tmp_path / "none.json") == {}
+    (tmp_path / "r.json").write_text("{")
+    with pytest.raises(UserError, match="r.json is damaged"):
+        tools.read_results(tmp_path / "r.json")
+
+
+def test_rank_correlation_and_numbers():
+    a = np.array([[1.0, 3.0], [2.0, 2.0], [30.0, 1.0], [4.0, 0.0]])
+    b = np.array([[5.0, 0.0], [6.0, 1.0], [9.0, 2.0], [7.0, 3.0]])
+    assert tools.spearman(a, b) == pytest.approx([1, -1])
+    assert tools.number_list("sizes", "1,20") == [1, 20]
+    assert tools.number_list("mus", "0.1", float) == [0.1]
+    for wrong in ("1,a", "0", "", "-1"):
+        with pytest.raises(UserError, match="numbers above 0"):
+            tools.number_list("sizes", wrong)
+    with pytest.raises(UserError, match="pip install"):
+        tools.package("no_such_package")
+
+
+# ------------------------------------------- quality
+
+def test_quality_is_the_ratio_of_mean_losses(dataset, tmp_path, capsys):
+    words = f"--datasets={dataset}", "--seeds=1", f"--options={TINY}", f"--work={tmp_path}"
+    quality.main([*words, f"--out={tmp_path}/q.json"])
+    found = tools.read_results(tmp_path / "q.json")["against dense"]["tiny"]
+    loss = {}
+    for side in ("PRISM", "dense"):
+        with open(tmp_path / f"tiny-{side}-1/metrics.csv", newline="") as f:
+            loss[side] = min(float(row["val_ce"]) for row in csv.DictReader(f))
+    assert found["loss"] == pytest.approx(loss["PRISM"] / loss["dense"] - 1)
+    assert found["losses_dense"] == [loss["dense"]] and found["live"] >= 1
+    assert "tiny: PRISM against dense" in capsys.readouterr().out
+    for wrong in ("--seeds=0", "--options=--n_proto=0"):
+        with pytest.raises(UserError, match="expected at least 1"):
+            quality.main([wrong])
+
+
+def test_twin_over_two_sizes(made, tmp_path, monkeypatch):
+    sizes, noise = np.array([1e5, 1e6, 1e7, 1e8]), np.array([1.01, 0.99, 0.99, 1.01])
+    law = twin.power_law(sizes, 5 * sizes ** -0.07 * noise)
+    assert law["b"] == pytest.approx(0.07, abs=1e-3) and law["c"] == pytest.approx(5, rel=0.05)
+    assert law["interval"][0] < 0.07 < law["interval"][1]
+    assert twin.power_law([1, 2], [4.0, 2.0])["interval"] is None
+
+    trains_here(monkeypatch, twin)
+    options = TINY.replace("--n_head=2 --n_embd=16 ", "")
+    rows = np.random.default_rng(0).integers(97, 122, (6, 4, 12))
+    items = twin.cloze.__globals__["Items"](rows, np.array([0, 1, 2, 3, 0, 1]), np.arange(6))
+    monkeypatch.setattr(twin, "cloze", lambda *args, **kw: items)
+    twin.main([f"--dataset={dataset_of(made)}", "--sizes=48,96", f"--options={options}",
+               f"--work={tmp_path}", f"--out={tmp_path}/t.json"])
+    result = tools.read_results(tmp_path / "t.json")
+    small, large = (result["sizes"][size] for size in ("48", "96"))
+    assert small["PRISM"]["weights"] == small["dense"]["weights"] < large["dense"]["weights"]
+    assert set(result["power_law"]) == {"dense", "PRISM"}
+    assert (tmp_path / "t.png").read_bytes()[:4] == PNG
+
+    model, hits = load_checkpoint(tmp_path / "48-PRISM")[0], 0
+    for choices, label in zip(items.tokens, items.label):
+        scores = []
+        for row in choices:
+            logp = [model(torch.from_numpy(row[None, :t]))[0][0, -1].log_softmax(0)[row[t]].item()
+                    for t in range(7, 12)]
+            scores.append(sum(logp))
+        hits += int(np.argmax(scores)) == label
+    assert small["PRISM"]["accuracy"] == hits / 6
+
+
+def test_purity_clusters_and_gates():
+    values, near = np.array([3, 3, 5, 5, 5, 7]), np.array([[0, 1, 2, 5], [2, 0, 3, 4]])
+    assert grounding.purity(values, near) == (0.5 + 0.75) / 2
+    rng = torch.Generator().manual_seed(0)
+    centers = F.normalize(torch.randn(4, 8, generator=rng), dim=1)
+    noise = 0.01 * torch.randn(200, 8, generator=rng)
+    x = F.normalize(centers.repeat(50, 1) + noise, dim=1)
+    torch.manual_seed(3)
+    found = grounding.k_means(x, 4)
+    assert torch.allclose(found.norm(dim=1), torch.ones(4))
+    assert ((x @ found.T).max(1).values > 0.9).float().mean() > 0.7
+    direct = np.zeros((200, 4))
+    for t in range(200):
+        cosine = [float(x[t] @ c) for c in centers]
+        for i in np.argsort(cosine)[-2:]:
+            direct[t, i] = max(0, cosine[i])
+    direct -= direct.mean(0)
+    direct /= np.linalg.norm(direct, axis=0)
+    assert np.allclose(grounding.fired(centers, x, 2), direct, atol=1e-5)
+
+
+def test_grounding_of_a_run(made, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    a = F.normalize(torch.randn(30, 5, generator=torch.Generator().manual_seed(1)), dim=0)
+    assert grounding.matched(a, a[:, [2, 0, 1, 4, 3]]) == pytest.approx(1, abs=1e-5)
+    trains_here(monkeypatch, grounding)
+    grounding.main([f"--out_dir={made}", f"--work={tmp_path}", f"--out={tmp_path}/g.json"])
+    result = tools.read_results(tmp_path / "g.json")
+    assert list(result["sets"]) == list(result["stability"])
+    for found in result["sets"].values():
+        low, middle, high = found["nearest_cosine"]
+        assert -1 <= low <= middle <= high <= 1 + 1e-5 and 1 / 32 <= found["next token"] <= 1
+    dense = load_tensors(tmp_path / "other-dense/ckpt.pt")["train_config"]
+    assert dense["n_proto"] == 0 and dense["seed"] == 1338
+
+
+def test_retrofit_beside_its_dense_twin(made, tmp_path, monkeypatch):
+    trains_here(monkeypatch, retrofit)
+    asked = []
+
+    def suppressed(cfg, name, out_dir):
+        asked.append((name, Path(out_dir).name))
+        return {"behavior": cfg.behavior}
+    monkeypatch.setattr(retrofit, "suppressed", suppressed)
+    recipes = "--max_iters=4 --learning_rate=1e-9;--max_iters=8 --learning_rate=0.003"
+    retrofit.main([f"--out_dir={made}", f"--recipes={recipes}", f"--work={tmp_path}",
+                   f"--out={tmp_path}/r.json"])
+    result = tools.read_results(tmp_path / "r.json")
+    sides = result["sides"]
+    assert len(sides) == 2 + 2 * 3 and "live" not in sides["dense"]
+    best = result["recipe"]
+    ours, theirs = sides[f"retrofitted: {best}"], sides[f"PRISM, trained on: {best}"]
+    assert result["against_scratch"] == pytest.approx(ours["val_ce"] / theirs["val_ce"] - 1)
+    number = recipes.split(";").index(best)
+    assert asked == [("retrofitted", f"retrofitted-{number}"), ("PRISM", f"PRISM-{number}")]
+
+
+def test_picture_of_a_ledger(made, tmp_path, capsys):
+    picture.main([f"--out_dir={made}", "--prompt=the $\\x$ cat", f"--out={tmp_path}/p.png"])
+    line = capsys.readouterr().out
+    slices, residual, logit = (float(line.split(w)[1].split()[0])
+                               for w in ("slices ", "residual ", " = "))
+    assert slices + residual == pytest.approx(logit, abs=2e-4)
+    assert (tmp_path / "p.png").read_bytes()[:4] == PNG
+
+
+# ------------------------------------------- speed
+
+def test_throughput_of_interleaved_sides(dataset, tmp_path, monkeypatch):
+    lines = [word[2:].replace("=", ' = "') + '"\n' for word in TINY.split()]
+    (tmp_path / "tiny.toml").write_text("".join(lines))
+    monkeypatch.setattr(throughput, "SIDES", {"PRISM": "", "dense": "--n_proto=0"})
+    throughput.main([f"--preset={tmp_path}/tiny.toml", f"--dataset={dataset}", "--rounds=2",
+                     "--steps=1", f"--out={tmp_path}/t.json"])
+    found = tools.read_results(tmp_path / "t.json")
+    a, b = found["seconds"]["PRISM"], found["seconds"]["dense"]
+    assert found["ratios"] == {"PRISM / dense": pytest.approx((b[0] / a[0] + b[1] / a[1]) / 2)}
+    speed = 64 / ((a[0] + a[1]) / 2)
+    assert found["sides"]["PRISM"]["tokens_per_s"] == pytest.approx(speed)
+    assert all(side["peak_mb"] > 50 for side in found["sides"].values())
+
+
+def test_what_attribution_costs(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(attribution_speed, "QUERIES", 3)
+    monkeypatch.setattr(attribution_speed, "MEMORY", 2 ** 20)
+    attribution_speed.main([f"--out_dir={made}", "--rounds=1", f"--out={tmp_path}/a.json"])
+    found = tools.read_results(tmp_path / "a.json")
+    cost, bus = found["index"], found["bandwidth"]
+    whole = cost["records_s"] + cost["blocks_s"]
+    assert cost["ratio"] == pytest.approx(whole / cost["forward_s"])
+    assert bus["postings_share"] == pytest.approx(bus["postings_gb_s"] / bus["machine_gb_s"])
+    assert found["batch"]["token"]["ratio"] > 0
+
+
+def test_a_killed_run_ends_alike(dataset, tmp_path, monkeypatch):
+    options = [word for word in resume.OPTIONS if not word.startswith("--max_iters")]
+    monkeypatch.setattr(resume, "OPTIONS", [*options, "--max_iters=80"])
+    resume.main([f"--dataset={dataset}", "--trials=1", f"--out={tmp_path}/r.json"])
+    (trial,) = tools.read_results(tmp_path / "r.json")["trials"]
+    assert trial["identical"]
+
+
+# ------------------------------------------- tables, and the list of runs
+
+def load_all():
+    spec = importlib.util.spec_from_file_location("every", ROOT / "experiments/all.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_results_md_says_what_the_json_files_say(tmp_path, monkeypatch):
+    committed = (ROOT / "experiments/RESULTS.md").read_text("utf-8")
+    shutil.copytree(tables.HERE / "results", tmp_path / "results")
+    shutil.copy(tables.HERE / "RESULTS.in.md", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    load_all().main(["--tables"])
+    found = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert found == committed, "run: python experiments/all.py --tables"
+
+    refit = tools.read_results(tmp_path / "results/refit.json")
+    refit["pearson"]["full"] = 0.999
+    refit["revision"] = "1234567"
+    (tmp_path / "results/refit.json").write_text(json.dumps(refit))
+    (tmp_path / "results/quality.json").unlink()
+    tables.main([])
+    found = (tmp_path / "RESULTS.md").read_text("utf-8")
+    assert "| r 0.999 | yes |" in found and "revision 1234567" in found
+    assert "| within 1% (pydoc, books) | | |" in found
+    (tmp_path / "results/refit.json").write_text("{")
+    with pytest.raises(UserError, match="refit.json is damaged"):
+        tables.main([])
+
+
+def test_figures_of_the_template():
+    r = {"a": {"x": {"v": 1.5, "l": [1, 2, 4]}, "y": {"v": 0.5, "l": [3, 3, 3]}, "s": "p|q"}}
+    assert tables.fill("{a.x.v x 1000:.0f} {a.x.l.2}", r) == "1500 4"
+    assert tables.fill("{a.x.l:.2f}; {each a.x.l}; {mean a.y.l}", r) == "2.33 +- 1.53; 1, 2, 4; 3"
+    assert tables.fill("{max a.x.l}", r) == "4" and tables.fill("{a.z}", r) is None
+    del r["a"]["s"]
+    assert tables.fill("{min a.*.v}", r) == "0.5"
+    row = "| {a.x.v} | {a.z} | met if {a.x.v} > 1 and 2 < 3 |"
+    assert tables.fill_row(row, r) == "| 1.5 | | yes |"
+    assert tables.fill_row("| met if {a.x.v} < 1 |", r) == "| **no** |"
+    error = math.sqrt(7 / 3 / 3)
+    assert float(tables.fill("{error a.x.l}", r)) == pytest.approx(error)
+
+
+def test_each_run_of_all_has_a_script_with_these_options():
+    every = load_all()
+    for name, script, options, quick in every.RUNS:
+        path = ROOT / "experiments" / script
+        spec = importlib.util.spec_from_file_location(f"checked_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        sys.path.insert(0, str(path.parent))
+        spec.loader.exec_module(module)
+        sys.path.remove(str(path.parent))
+        (config,) = [value for name, value in vars(module).items()
+                     if name.endswith("Config") and value.__module__ == spec.name]
+        for words in (options, quick or ""):
+            parse_config(config, [*shlex.split(words), f"--out={name}.json"])
+    with pytest.raises(UserError, match="none of quality"):
+        every.main(["--only=nothing"])

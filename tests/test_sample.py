@@ -1,0 +1,77 @@
+"""sample.py on a tiny prism and a tiny dense model, with nothing but ckpt.pt and a tokenizer."""
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import tiny
+
+import sample
+from common import fingerprint
+from prism import UserError
+
+
+def write_model(folder, dataset, **kw):
+    """ckpt.pt and the byte tokenizer in folder -> the model."""
+    folder.mkdir()
+    model = tiny(torch.float32, vocab_size=257, block_size=16, **kw)
+    torch.save(dict(model=model.state_dict(), config=asdict(model.config)), folder / "ckpt.pt")
+    for name in ("tokenizer.tiktoken", "tokenizer.json"):
+        (folder / name).write_bytes((dataset / name).read_bytes())
+    return model
+
+
+def printed(capsys, out, *words):
+    sample.main([f"--out_dir={out}", "--prompt=the cat", "--device=cpu", *words])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_proto", [5, 0])
+def test_samples_follow_the_seed(tmp_path, dataset, capsys, n_proto):
+    out = tmp_path / "out"
+    write_model(out, dataset, n_proto=n_proto)
+    words = "--max_new_tokens=30", "--num_samples=2"
+    both = printed(capsys, out, *words)
+    first, second = both.split("-" * 20 + "\n")
+    assert both == printed(capsys, out, *words) and first != second
+    assert first.startswith("the cat") and second.startswith("the cat")
+    assert printed(capsys, out, *words[:1], "--seed=1338") == second
+    greedy = printed(capsys, out, *words[:1], "--temperature=0")
+    assert printed(capsys, out, *words[:1], "--top_k=1") == greedy != first
+
+
+def test_the_ledger_adds_up_and_obeys_gains(tmp_path, dataset, capsys):
+    out, gains = tmp_path / "out", tmp_path / "gains.json"
+    model = write_model(out, dataset)
+    about = dict(checkpoint=fingerprint(model.state_dict()), ids=[0, 1, 2], gains=[0.0, 0.0, 3.0])
+    gains.write_text(json.dumps(about))
+    tables = []
+    for words in ((), (f"--gains={gains}",)):
+        lines = printed(capsys, out, "--explain", *words).splitlines()
+        assert len(lines) == 9 and "largest |residual + slices - logit|" in lines[-1]
+        error = float(lines[-1].split("logit|: ")[1].split()[0])
+        assert 0 <= error < 1e-5
+        rows = [line.split("'")[2].replace("=", " ").replace("+ ", " ") for line in lines[1:-1]]
+        tables.append([[float(x) for x in row.split()[:3]] for row in rows])
+    for logit, residual, slices in tables[0] + tables[1]:
+        assert logit == pytest.approx(residual + slices, abs=2e-4)
+    idx = torch.tensor([list(b"the cat")])
+    gain = torch.tensor([0.0, 0.0, 3.0, 1.0, 1.0])
+    for table, g in zip(tables, (None, gain)):
+        logits = model.logits(model.hidden(idx), g)[0].detach()
+        want = [logits[t, y].item() for t, y in enumerate(b"he cat")] + [logits[-1].max().item()]
+        assert [row[0] for row in table] == pytest.approx(want, abs=2e-4)
+    assert tables[0] != tables[1]
+
+
+def test_what_cannot_be_sampled_is_one_line(tmp_path, dataset):
+    out = tmp_path / "out"
+    write_model(out, dataset)
+    for words, message in ((["--prompt="], "the prompt is empty"),
+                           (["--prompt=" + "x" * 20], "20 tokens"),
+                           (["--prompt=" + "x" * 20, "--explain"], "20 tokens"),
+                           (["--prompt=x", "--temperature=-1"], "temperature is -1.0"),
+                           (["--prompt=x", "--gains=nowhere.json"], "nowhere.json"),
+                           (["--prompt=x", "--device=cuda:99"], "cuda:99")):
+        with pytest.raises(UserError, match=message):
+            sample.main([f"--out_dir={out}", "--device=cpu", *words])
