@@ -7,17 +7,15 @@
 Hold the gates a and residuals at the checkpoint. Then the logits are linear in the prototypes P,
 and the training loss over P is multinomial logistic regression with sparse features a_s:
 
-    (1)  g_s = W[y_s] - m_s,  m_s = W^T pi_s,  pi_s = softmax(logits_s)       -dCE_s/dp_i = a_si g_s
+    (1)  g_s = W[y_s] - m_s,  m_s = W^T pi_s,  pi_s = softmax(logits_s);      -dCE_s/dp_i = a_si g_s
     (2)  H_i = W^T diag(sum_s a_si^2 pi_s) W - sum_s a_si^2 m_s m_s^T + mu I   exact block (d, d)
     (3)  x_i = H_i^-1 b_i,  b_i = sum_t a_ti g_t                               the target's side
-    (4)  I(s, t) = sum_i a_si g_s . x_i                                        score, in nats
+    (4)  I(s, t) = sum_i a_si g_s . x_i                                        score, in nats:
 
-I(s, t) is what removing training token s adds to the loss of target t, to first order. It is linear
-in s and in t: the scores of documents, sources and longer targets are sums.
-From Python: Index("out").query("Return the number of", level="document")["proponents"]
+what removing training token s adds to the loss of target t, to first order. Scores are linear in s
+and in t, so those of documents, sources and longer targets are sums.
 """
 import json
-import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -52,13 +50,12 @@ class QueryConfig:
     max_new_tokens: int = 4   # length of the model's own continuation
     level: str = "document"   # token, document or source
     top: int = 10             # proponents and opponents shown
-    hessian: str = "block"    # block, full (the joint Hessian: minutes) or none (gradient products)
+    hessian: str = "block"    # block (exact blocks) or full (the joint Hessian: minutes)
     json: bool = False        # print JSON
     device: str = "auto"      # auto, cpu, cuda or mps
 
 
-# ------------------------------------------- (1) records: what the head says of each token
-
+# --------------------------------------- (1) records: what the head says of each token
 class Records(NamedTuple):
     """N tokens: the gates of each, and the error vector of its prediction."""
     ids: torch.Tensor     # (N, k) prototypes
@@ -72,9 +69,11 @@ class Records(NamedTuple):
 @torch.no_grad()
 def records(model, idx, targets):
     """idx, targets (B, T) -> Records of N = B T tokens."""
-    z, y = model.hidden(idx).flatten(0, 1), targets.flatten()
+    z = model.hidden(idx).flatten(0, 1)
+    y = targets.flatten()
     mixture = model.mixture(z)
-    pi, loss = z.new_empty(len(z), len(model.W)), z.new_empty(len(z))
+    loss = z.new_empty(len(z))
+    pi = z.new_empty(len(z), len(model.W))
     for at, logp in log_softmax_chunks(z, model.W):
         loss[at] = -logp.gather(1, y[at, None])[:, 0]
         torch.exp(logp, out=pi[at])
@@ -82,11 +81,9 @@ def records(model, idx, targets):
     return Records(mixture.ids, mixture.gates, model.W[y] - m, pi, m, loss)
 
 
-# ------------------------------------------- (2) curvature: exact blocks, and the joint product
-
+# --------------------------------------- (2) curvature: exact blocks, and the joint product
 class Curvature:
     """The two sums in (2): D_i = sum_s a_si^2 pi_s (M, V) and S_i = sum_s a_si^2 m_s m_s^T."""
-
     def __init__(self, W, n_proto):
         V, d = W.shape
         self.W = W
@@ -114,8 +111,7 @@ class Curvature:
     def mean_eigenvalue(self):
         """tr(H_i) / d without mu, the median over the prototypes that fire."""
         trace = self.D @ self.W.square().sum(1) - self.S.diagonal(dim1=1, dim2=2).sum(1)
-        live = trace[trace > 0]
-        return live.median().item() / self.W.size(1) if len(live) else 1.0
+        return trace[trace > 0].median().item() / self.W.size(1)
 
 
 def spread(r, v, n_proto):
@@ -125,10 +121,8 @@ def spread(r, v, n_proto):
 
 
 def curvature_product(W, r, v):
-    """The joint Hessian of N tokens times v (Q, M, d) -> (Q, M, d), without mu.
-
-    Block i, j is sum_s a_si a_sj C_s, C_s = W^T (diag pi_s - pi_s pi_s^T) W; it is never formed.
-    """
+    """The joint Hessian of N tokens, without mu, times v (Q, M, d) -> (Q, M, d), never formed.
+    Its block i, j is sum_s a_si a_sj W^T (diag pi_s - pi_s pi_s^T) W."""
     out = []
     for vq in v:
         u = mix(r.ids, r.gates, vq) @ W.T                         # (N, V) W sum_j a_sj v_j
@@ -140,27 +134,26 @@ def curvature_product(W, r, v):
 def conjugate_gradients(product, b, precondition, tol=1e-3, max_iters=100):
     """Solves product(x) = b[q] for each q; b (Q, M, d) -> x, largest relative residual, steps."""
     def dot(u, v):
-        return (u * v).flatten(1).sum(1)[:, None, None]
-    x, r = torch.zeros_like(b), b.clone()
+        return (u * v).flatten(1).sum(1)[:, None, None].clamp(min=1e-30)
+    x = torch.zeros_like(b)
+    r = b
     p = z = precondition(r)
     rz = dot(r, z)
-    size = dot(b, b).clamp(min=1e-30)
     for step in range(1, max_iters + 1):
         Hp = product(p)
-        alpha = rz / dot(p, Hp).clamp(min=1e-30)
+        alpha = rz / dot(p, Hp)
         x = x + alpha * p
         r = r - alpha * Hp
-        residual = (dot(r, r) / size).max().sqrt().item()
+        residual = (dot(r, r) / dot(b, b)).max().sqrt().item()
         if residual < tol:
             break
         z = precondition(r)
-        rz, old = dot(r, z), rz
-        p = z + rz / old.clamp(min=1e-30) * p
+        old, rz = rz, dot(r, z)
+        p = z + rz / old * p
     return x, residual, step
 
 
-# ------------------------------------------- index: one pass over the training windows
-
+# --------------------------------------- index: one pass over the training windows
 def seen_windows(ckpt, n_tokens):
     """First tokens, in corpus order, of the last whole epoch that training read before the
     checkpoint; of all that it read, if that is less: the very windows that it saw."""
@@ -192,14 +185,14 @@ def layout(c, n):
 def build_index(run, mu=0.0, max_windows=0):
     """One pass over the training windows -> out_dir/attribution, complete or not there."""
     c = run.model.config
-    with reading(f"{run.out_dir}/ckpt.pt", "train it with train.py"):
-        starts = seen_windows(run.ckpt, len(run.train))
+    starts = seen_windows(run.ckpt, len(run.train))
     if max_windows:
         starts = np.sort(np.random.default_rng(0).permutation(starts)[:max_windows])
     new, final = run.out_dir / "attribution.tmp", run.out_dir / "attribution"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    files = layout(c, len(starts) * run.T)
+    n = len(starts) * run.T
+    files = layout(c, n)
     for name, form in files.items():
         files[name] = np.lib.format.open_memmap(new / f"{name}.npy", "w+", *form)
     size = sum(array.nbytes for array in files.values())
@@ -216,28 +209,23 @@ def build_index(run, mu=0.0, max_windows=0):
     mu = mu or MU_SHARE * curvature.mean_eigenvalue()
     for i in range(c.n_proto):
         files["factors"][i] = torch.linalg.cholesky(curvature.block(i, mu).cpu().double())
-    for array in files.values():
-        array.flush()
-    meta = dict(checkpoint=run.hash, data=run.ckpt["data"], mu=mu, tokens=len(files["ids"]))
-    write_json(new / "meta.json", meta)
+    write_json(new / "meta.json", dict(checkpoint=run.hash, mu=mu, tokens=n))
     shutil.rmtree(final, ignore_errors=True)
     new.rename(final)
-    print(f"{final}: {meta['tokens']:,} training tokens, mu {mu:.3g}, {size / 1e6:,.0f} MB")
+    print(f"{final}: {n:,} training tokens, mu {mu:.3g}, {size / 1e6:,.0f} MB")
 
 
-# ------------------------------------------- (3) and (4): a query
-
+# --------------------------------------- (3) and (4): a query
 class Index:
-    """An index on disk, memory-mapped. Raises UserError if it is missing, damaged, or of other
-    weights or data than the run's. Attributes: the arrays of `layout`; postings by prototype."""
+    """The files of `layout`, memory-mapped; raises UserError if they are not of these weights."""
 
     def __init__(self, out_dir="out", device="auto"):
         self.run = run = Run(out_dir, device)
         folder = run.out_dir / "attribution"
         with reading(f"the index {folder}", f"run: python attribute.py index --out_dir={out_dir}"):
             self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            if (self.meta["checkpoint"], self.meta["data"]) != (run.hash, run.ckpt["data"]):
-                raise ValueError("it was made for other weights or data")
+            if self.meta["checkpoint"] != run.hash:
+                raise ValueError("it was made for other weights")
             for name, form in layout(run.model.config, self.meta["tokens"]).items():
                 array = np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
                 if (array.dtype, array.shape) != form:
@@ -250,8 +238,8 @@ class Index:
         self.names = {"token": self.positions, "document": run.titles, "source": run.sources}
         # the posting list of prototype i: order[start[i]:start[i + 1]], places in ids and gates
         self.order = np.argsort(self.ids, axis=None, kind="stable")
-        protos = np.arange(run.model.config.n_proto + 1)
-        self.start = np.searchsorted(self.ids.ravel()[self.order], protos)
+        count = np.bincount(self.ids.ravel(), minlength=len(self.factors))
+        self.start = np.append(0, count.cumsum())
 
     def target_records(self, ids, n_prompt):
         """Records, on the CPU, of the tokens ids[n_prompt:], each predicted from all before it."""
@@ -261,16 +249,11 @@ class Index:
 
     def right_side(self, r):
         """b_i = sum_t a_ti g_t over the target's tokens -> (M, d)."""
-        return spread(r, r.errors, self.run.model.config.n_proto)
+        return spread(r, r.errors, len(self.factors))
 
     def solve(self, b, hessian="block", tol=1e-3):
-        """x = H^-1 b; b (Q, M, d) -> (Q, M, d).
-
-        block: each H_i alone. full: the joint Hessian, by conjugate gradients with the blocks as
-        preconditioner; each step reads the training text. none: b itself.
-        """
-        if hessian == "none":
-            return b
+        """(3): x = H^-1 b, b (Q, M, d) -> (Q, M, d). full: the joint Hessian, by conjugate
+        gradients with the blocks as preconditioner; each step reads all indexed text."""
         if hessian == "block":
             return self.solve_blocks(b)
         x, residual, steps = conjugate_gradients(self.product, b, self.solve_blocks, tol)
@@ -295,11 +278,10 @@ class Index:
         return x
 
     def token_scores(self, x):
-        """I(s) = sum_i a_si g_s . x_i of each indexed token. x (Q, M, d) -> (Q, N) float64.
-
-        Only the postings of prototypes with x_i != 0 are read: the target's own, for blocks.
-        """
-        gates, errors = self.gates.ravel(), torch.from_numpy(self.errors)
+        """(4): I(s) = sum_i a_si g_s . x_i of each indexed token. x (Q, M, d) -> (Q, N) float64.
+        Reads the postings of prototypes with x_i != 0 alone: for blocks, the target's own."""
+        gates = self.gates.ravel()
+        errors = torch.from_numpy(self.errors)
         scores = np.zeros((len(self.positions), len(x)))
         for i in x.any(2).any(0).nonzero()[:, 0].tolist():
             postings = self.order[self.start[i]:self.start[i + 1]]
@@ -317,79 +299,77 @@ class Index:
 
     def query(self, prompt, target=None, level="document", hessian="block", top=10,
               max_new_tokens=4):
-        """Which training text made `target` likely after `prompt`, by how many nats?
-
-        Without a target, the model's own greedy continuation of max_new_tokens is explained.
-        Returns target, its loss (nats), the scores (units,) of all documents, sources or tokens,
-        and the largest (proponents) and smallest (opponents) as dicts. Scores are in nats of loss
-        (gradient products for hessian="none"). Raises UserError for text that does not fit.
-        """
+        """Which training text made `target` (else: the greedy continuation) likely after `prompt`?
+        -> dict: target, its loss in nats, scores (units,) of all documents, sources or tokens, and
+        proponents and opponents, the largest and the smallest as lists of dicts."""
         run = self.run
         if level not in self.names:
             raise UserError(f"level={level}, expected token, document or source")
-        if hessian not in ("block", "full", "none"):
-            raise UserError(f"hessian={hessian}, expected block, full or none")
-        ids, n = encode(run, prompt, target or "")
+        if hessian not in ("block", "full"):
+            raise UserError(f"hessian={hessian}, expected block or full")
+        ids, n = self.encode(prompt, target or "")
         if not target:
-            room = min(max_new_tokens, run.T + 1 - n)
-            ids = run.model.generate(torch.tensor([ids], device=run.device), room, temperature=0,
-                                     n_vocab=run.tokenizer.n_vocab)[0].tolist()
+            idx = torch.tensor([ids], device=run.device)
+            idx = run.model.generate(idx, max_new_tokens, 0, n_vocab=run.tokenizer.n_vocab)
+            ids = idx[0].tolist()
         r = self.target_records(ids, n)
         x = self.solve(self.right_side(r)[None], hessian)
         scores = self.token_scores(x)[0]
-        return {"target": run.decode(ids[n:]), "loss": r.loss.sum().item(),
+        return {"target": run.decode(ids[n:]),
+                "loss": r.loss.sum().item(),
                 "scores": self.sums(scores, level),
                 "proponents": self.entries(level, scores, x[0], top, 1),
                 "opponents": self.entries(level, scores, x[0], top, -1)}
 
     def entries(self, level, token_scores, x, top, sign):
-        """The `top` units of the largest sign * score, as dicts. token_scores (N,), x (M, d)."""
-        scores = sign * self.sums(token_scores, level)
-        best = np.argsort(-scores, kind="stable")[:top]
-        return [self.entry(level, unit, token_scores, x) for unit in best if scores[unit] > 0]
-
-    def entry(self, level, unit, token_scores, x):
-        """A unit's score, its strongest token, and the prototypes' shares of that token's score."""
+        """The units of the largest sign * score, each with its strongest token and the prototypes'
+        shares of that token's score. token_scores (N,), x (M, d) -> a list of dicts."""
         run = self.run
-        tokens = np.flatnonzero(self.unit_of[level] == unit)
-        score = token_scores[tokens].sum()
-        s = tokens[(token_scores[tokens] / score).argmax()]       # the strongest token
-        position, doc = int(self.positions[s]), self.doc_of[s]
-        g = torch.from_numpy(self.errors[s]).float()
-        parts = self.gates[s] * (x[self.ids[s].astype(np.int64)] @ g).numpy()  # a_si g_s . x_i
-        largest = np.argsort(-np.abs(parts))[:4]
-        return {"score": float(score), "document": run.titles[doc], "source": run.source_of[doc],
-                "offset": position - int(run.doc_start[doc]), "position": position,
-                "text": "{}«{}»{}".format(*around(run, position)),
-                "prototypes": [[int(self.ids[s, j]), float(parts[j] / parts.sum())]
-                               for j in largest if parts[j]]}
+        found = []
+        scores = sign * self.sums(token_scores, level)
+        for unit in np.argsort(-scores)[:top]:
+            if not scores[unit] > 0:
+                break
+            tokens = np.flatnonzero(self.unit_of[level] == unit)
+            s = tokens[(sign * token_scores[tokens]).argmax()]
+            position, doc = int(self.positions[s]), self.doc_of[s]
+            ids = self.ids[s].astype(np.int64)
+            g = torch.from_numpy(self.errors[s]).float()
+            parts = self.gates[s] * (x[ids] @ g).numpy()          # a_si g_s . x_i
+            largest = np.argsort(-np.abs(parts))[:4]
+            shares = parts[largest] / parts.sum()
+            found.append({"score": sign * scores[unit],
+                          "document": run.titles[doc],
+                          "source": run.source_of[doc],
+                          "offset": position - int(run.doc_start[doc]),
+                          "position": position,
+                          "text": "{}«{}»{}".format(*self.around(position)),
+                          "prototypes": list(zip(ids[largest].tolist(), shares.tolist()))})
+        return found
 
+    def encode(self, prompt, target=""):
+        """-> token ids of prompt + target (list), how many of them are the prompt's."""
+        tokenizer = self.run.tokenizer
+        n = len(tokenizer.encode_ordinary(prompt))
+        ids = tokenizer.encode_ordinary(prompt + target)
+        if not prompt or tokenizer.decode_bytes(ids[:n]) != prompt.encode():
+            raise UserError("the prompt is empty, or a token spans its end and the target's start; "
+                            "give for instance --prompt=\"The\" --target=\" cat\"")
+        return ids, n
 
-def encode(run, prompt, target=""):
-    """-> token ids of prompt + target (list), how many of them are the prompt's."""
-    n = len(run.tokenizer.encode_ordinary(prompt))
-    ids = run.tokenizer.encode_ordinary(prompt + target)
-    if not prompt or run.tokenizer.decode_bytes(ids[:n]) != prompt.encode():
-        raise UserError("the prompt is empty, or a token spans its end and the target's start; "
-                        "give for instance --prompt=\"The\" --target=\" cat\"")
-    return ids, n
+    def around(self, position, before=16, after=8):
+        """The text around a training token -> [before, token, after], within its document."""
+        cut = max(0, position - before), position, position + 1, position + 1 + after
+        texts = [self.run.decode(self.run.train[a:b]) for a, b in zip(cut, cut[1:])]
+        head, token, tail = texts
+        return [head.split(EOT)[-1], token, tail.split(EOT)[0]]
 
-
-def around(run, position, before=16, after=8):
-    """The text around a training token -> [before, token, after], within its document."""
-    cut = max(0, position - before), position, position + 1, position + 1 + after
-    head, token, tail = (run.decode(run.train[a:b]) for a, b in zip(cut, cut[1:]))
-    return [head.split(EOT)[-1], token, tail.split(EOT)[0]]
-
-
-# ------------------------------------------- command line
 
 def index(argv):
     cfg = parse_config(IndexConfig, argv)
-    if not 0 <= cfg.mu < math.inf or cfg.max_windows < 0:
+    if min(cfg.mu, cfg.max_windows) < 0:
         raise UserError("mu and max_windows: expected 0 or more")
-    run = Run(cfg.out_dir, cfg.device)
-    build_index(run, cfg.mu, cfg.max_windows)
+    build_index(Run(cfg.out_dir, cfg.device), cfg.mu, cfg.max_windows)
     print(f"next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")
 
 

@@ -1,16 +1,12 @@
 """PRISM: a GPT whose logits are a sum of named parts (arXiv 2607.00510). The whole model.
 
-The last hidden state z of a GPT-2 trunk is a sparse, non-negative mixture of learned prototypes
-plus a residual. The LM head W is linear, so a logit is one share per prototype and a residual.
+    s_ti     = cos(z_t, p_i)                                similarity of token state and prototype
+    a_ti     = relu(s_ti) for the k most similar, else 0    gate, sparse and non-negative
+    zhat_t   = sum_i a_ti p_i,    r_t = z_t - zhat_t        reconstruction and residual
+    logits_t = W r_t + sum_i g_i a_ti W p_i                 gains g are ones; then it is W z_t
 
-    s_ti     = cos(z_t, p_i)                                     similarity
-    a_ti     = relu(s_ti) for the k most similar, else 0         gate
-    zhat_t   = sum_i a_ti p_i,        r_t = z_t - zhat_t         reconstruction and residual
-    logits_t = W r_t + sum_i g_i a_ti W p_i                      gains g are ones; then it is W z_t
-
-Symbols: B batch, T tokens, N = B T, d = n_embd, V = vocab_size, M = n_proto, k = top_k.
+B batch, T tokens, N = B T, d = n_embd, V = vocab_size, M = n_proto, k = top_k.
 """
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: scripts print its message on one line, without a traceback."""
+    """A mistake that the user can mend: scripts print its message on one line."""
 
 
 @dataclass
@@ -42,50 +38,39 @@ class PRISMConfig:
     head_share: float = 0.375    # share of a batch's windows on which these three losses are taken
 
     def check(self):
-        """Raises UserError where the sizes do not fit together."""
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd is {self.n_embd}, expected a multiple of n_head {self.n_head}")
-        if self.n_proto < 0:
-            raise UserError(f"n_proto is {self.n_proto}, expected 0 (dense) or more")
         if self.n_proto and not 1 <= self.top_k <= self.n_proto:
             raise UserError(f"top_k is {self.top_k}, expected 1 to n_proto {self.n_proto}")
-        if not 0.0 < self.head_share <= 1.0:
-            raise UserError(f"head_share is {self.head_share}, expected 0 < head_share <= 1")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout is {self.dropout}, expected 0 <= dropout < 1")
+        if not 0 < self.head_share <= 1 or not 0 <= self.dropout < 1:
+            raise UserError("expected 0 < head_share <= 1 and 0 <= dropout < 1")
         return self
 
 
-# ------------------------------------------- the trunk: GPT-2, with its parameter names
-
+# --------------------------------------- the trunk: GPT-2, with its parameter names
 class CausalSelfAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=c.bias)
         self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=c.bias)
-        self.n_head = c.n_head
-        self.dropout = c.dropout
+        self.n_head, self.dropout = c.n_head, c.dropout
 
     def forward(self, x, past=None):
-        """x (B, T, d) -> (B, T, d). past: the list of this block's keys and values, extended here."""
+        """x (B, T, d) -> (B, T, d). past: a list of this block's keys and values, extended."""
         B, T, d = x.shape
         q, k, v = self.c_attn(x).split(d, dim=2)
         shape = B, T, self.n_head, d // self.n_head
         q, k, v = (u.view(shape).transpose(1, 2) for u in (q, k, v))  # (B, heads, T, d / heads)
-        if past:
-            assert T == 1, "a past is extended by one token at a time"
-            k = torch.cat((past[0], k), 2)
-            v = torch.cat((past[1], v), 2)
+        if past:                                                  # then T is 1
+            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
         if past is not None:
             past[:] = k, v
-        # A CPU's bfloat16 attention is two to three times slower than float32: leave autocast.
-        leave = x.device.type == "cpu"
-        if leave and q.dtype is torch.bfloat16:
-            q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False) if leave else contextlib.nullcontext():
+        if x.device.type == "cpu" and q.dtype is torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()             # two to three times as fast there
+        with torch.autocast("cpu", enabled=False):
             causal = q.size(2) == k.size(2)                       # one new token may see every key
             dropout = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
@@ -118,10 +103,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# ------------------------------------------- the prototype head
-
+# --------------------------------------- the prototype head
 class Mixture(NamedTuple):
-    """N states as z = reconstruction + residual, reconstruction = sum_j gates[:, j] P[ids[:, j]]."""
+    """N states, z = reconstruction + residual; reconstruction = sum_j gates[:, j] P[ids[:, j]]."""
     ids: torch.Tensor             # (N, k) prototypes, the most similar first
     gates: torch.Tensor           # (N, k) a = relu(cos) >= 0
     reconstruction: torch.Tensor  # (N, d) zhat
@@ -130,59 +114,19 @@ class Mixture(NamedTuple):
     nearest_proto: torch.Tensor   # (N,) max_i s_ti, each token to its nearest prototype
 
 
-def autocast_dtype(x):
-    """The dtype in which autocast would multiply now; custom functions follow it by hand."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def mix(ids, weights, prototypes):
     """ids, weights (N, k), prototypes (M, d) -> sum_j weights[:, j] P[ids[:, j]] (N, d)."""
     return F.embedding_bag(ids, prototypes, per_sample_weights=weights, mode="sum")
 
 
-class TopSimilarity(torch.autograd.Function):
-    """z (N, d), p (M, d), k -> the k largest cosines (N, k), ids (N, k), each prototype's largest.
-
-    Only N k + M entries of the gradient of the cosines are not zero, so dz is a sparse sum.
-    """
-
-    @staticmethod
-    def forward(ctx, z, p, k):
-        low = autocast_dtype(z)
-        znorm = z.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        pnorm = p.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        zn, pn = z / znorm, p / pnorm
-        s = zn.to(low) @ pn.to(low).T                             # (N, M) s_ti = cos(z_t, p_i)
-        values, ids = s.topk(k, dim=1)
-        best, rows = s.max(0)
-        ctx.save_for_backward(zn, pn, znorm, pnorm, ids, rows)
-        ctx.mark_non_differentiable(ids)
-        ctx.low = low
-        return values.to(z.dtype), ids, best.to(z.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dvalues, _, dbest):
-        zn, pn, znorm, pnorm, ids, rows = ctx.saved_tensors
-        dzn = mix(ids, dvalues, pn).index_add_(0, rows, dbest[:, None] * pn)
-        ds = torch.zeros(len(zn), len(pn), dtype=ctx.low, device=zn.device)
-        tokens = torch.arange(len(zn), device=zn.device)
-        protos = torch.arange(len(pn), device=zn.device)
-        ds.index_put_((tokens[:, None], ids), dvalues.to(ctx.low))
-        ds.index_put_((rows, protos), dbest.to(ctx.low), accumulate=True)
-        dpn = (ds.T @ zn.to(ctx.low)).to(pn.dtype)
-        dz = (dzn - zn * (zn * dzn).sum(1, keepdim=True)) / znorm
-        dp = (dpn - pn * (pn * dpn).sum(1, keepdim=True)) / pnorm
-        return dz, dp, None
-
-
 def prototype_head(z, prototypes, top_k):
     """z (N, d), prototypes (M, d) -> Mixture. The head of the paper."""
-    values, ids, best = TopSimilarity.apply(z, prototypes, top_k)
-    gates = values.relu()                                         # (N, k) a_ti
+    s = F.normalize(z, dim=1) @ F.normalize(prototypes, dim=1).T  # (N, M) s_ti = cos(z_t, p_i)
+    values, ids = s.topk(top_k, dim=1)
+    gates = values.to(z.dtype).relu()                             # (N, k) a_ti
     zhat = mix(ids, gates, prototypes)                            # never a (N, k, d) tensor
-    return Mixture(ids, gates, zhat, z - zhat, best, values[:, 0])
+    nearest_token = s.max(0).values.to(z.dtype)
+    return Mixture(ids, gates, zhat, z - zhat, nearest_token, values[:, 0].to(z.dtype))
 
 
 def apply_gains(z, ids, gates, gains, prototypes):
@@ -190,13 +134,10 @@ def apply_gains(z, ids, gates, gains, prototypes):
     return z + mix(ids, gates * (gains[ids] - 1), prototypes)
 
 
-# ------------------------------------------- cross-entropy without whole logits
-
+# --------------------------------------- cross-entropy without whole logits
 def log_softmax_chunks(z, w, dtype=None):
-    """z (N, d), w (V, d) -> yields (slice of the tokens, log softmax(w z_t) of it (n, V)).
-
-    A chunk stays in the cache; whole logits would cross the memory bus six times.
-    """
+    """z (N, d), w (V, d) -> yields (slice of the tokens, its log softmax(w z_t) (n, V)).
+    A chunk stays in the cache; whole logits would cross the memory bus six times."""
     rows = max(64, (2 ** 20 if z.device.type == "cpu" else 2 ** 26) // len(w))
     for i in range(0, len(z), rows):
         at = slice(i, i + rows)
@@ -205,13 +146,11 @@ def log_softmax_chunks(z, w, dtype=None):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """z (N, d), w (V, d), targets (N,) -> sum_t -log softmax(w z_t)[target_t]; -1 counts nothing.
-
-    Each chunk of logits becomes its gradient, softmax - onehot, and is used up at once.
-    """
-
+    Each chunk of logits becomes its gradient, softmax - onehot, and is used up at once."""
     @staticmethod
     def forward(ctx, z, w, targets):
-        low = autocast_dtype(z)
+        kind = z.device.type                                      # autocast does not reach here
+        low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
         zl, wl = z.to(low), w.to(low)
         total = z.new_zeros(())
         dz, dw = torch.empty_like(z), torch.zeros_like(w)
@@ -234,8 +173,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dz * g, dw * g, None
 
 
-# ------------------------------------------- the model
-
+# --------------------------------------- the model
 @dataclass
 class Explanation:
     """The ledger of one logit per token: contributions.sum(-1) + residual == logit."""
@@ -249,7 +187,6 @@ class Explanation:
 
 class PRISM(nn.Module):
     """A GPT-2 trunk and a prototype head that share one output matrix W, the token embedding."""
-
     TERMS = "ce", "rec", "t2p", "p2t"  # the order of the vector of loss terms
 
     def __init__(self, config):
@@ -270,17 +207,15 @@ class PRISM(nn.Module):
 
     @property
     def W(self):
-        """The output matrix (V, d)."""
-        return self.transformer.wte.weight
+        return self.transformer.wte.weight                        # (V, d), the output matrix
 
     def hidden(self, idx, past=None):
-        """idx (B, T) -> z (B, T, d), the state after the last layer norm. past: a list per block."""
+        """idx (B, T) -> z (B, T, d), after the last layer norm. past: a list per block."""
         t = self.transformer
         start = past[0][0].size(2) if past and past[0] else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
-            raise UserError(f"{end} tokens given, the context holds block_size = "
-                            f"{self.config.block_size}; shorten the text")
+            raise UserError(f"{end} tokens, more than block_size = {self.config.block_size}")
         x = t.wte(idx) + t.wpe.weight[start:end]
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(t.h):
@@ -291,23 +226,24 @@ class PRISM(nn.Module):
         """z (..., d) -> Mixture of its N tokens."""
         return prototype_head(z.reshape(-1, z.size(-1)), self.prototypes, self.config.top_k)
 
+    def steer(self, z, gains=None):
+        """z (..., d), gains (M,) or None -> the states (..., d) that W reads."""
+        if gains is None:
+            return z
+        if gains.shape != (self.config.n_proto,):
+            raise UserError(f"{tuple(gains.shape)} gains, but n_proto = {self.config.n_proto}")
+        m, flat = self.mixture(z), z.reshape(-1, z.size(-1))
+        return apply_gains(flat, m.ids, m.gates, gains.to(z), self.prototypes).view_as(z)
+
     def logits(self, z, gains=None):
         """z (..., d), gains (M,) or None -> (..., V): logits_t = W (r_t + sum_i g_i a_ti p_i)."""
-        if gains is not None:
-            if gains.shape != (self.config.n_proto,):
-                raise UserError(f"gains have shape {tuple(gains.shape)}, expected (n_proto,) = "
-                                f"({self.config.n_proto},)")
-            m = self.mixture(z)
-            flat = z.reshape(-1, z.size(-1))
-            z = apply_gains(flat, m.ids, m.gates, gains.to(z), self.prototypes).view_as(z)
-        return F.linear(z, self.W)
+        return F.linear(self.steer(z, gains), self.W)
 
     def forward(self, idx, targets=None, gains=None, return_terms=False):
-        """idx (B, T), targets (B, T) or None (-1 is ignored), gains (M,) or None -> logits, loss
+        """idx (B, T), targets (B, T) (-1 is ignored), gains (M,) or None -> logits (B, T, V), loss
 
-        Without targets: logits (B, 1, V) of the last position, loss None. With targets: logits
-        (B, T, V) and the training loss. The trainer asks for loss, terms with return_terms: the
-        terms are a detached (4,) vector, and whole logits are never made.
+        Without targets only the last position's logits, and loss None. The trainer sets
+        return_terms and gets loss, terms (4,), detached; whole logits are never held then.
 
             ce   next-token cross-entropy, in nats
             rec  mean_t |z_t - zhat_t|^2 / mean_t |z_t|^2, the denominator detached
@@ -315,95 +251,71 @@ class PRISM(nn.Module):
             p2t  1 - mean_i max_t s_ti, each prototype has a near token state
             loss = ce + lambda_rec rec + lambda_t2p t2p + lambda_p2t p2t
 
-        Slices and residual add back to W z, so ce sends no gradient to the prototypes: rec, t2p
-        and p2t shape them, all four shape the trunk. In training the last three are taken over the
-        first head_share of the windows, which come in random order: the head costs half as much.
+        Slices and residual add back to W z, so ce sends no gradient to the prototypes. In training
+        the last three are taken over the first head_share of the windows, which come at random.
         """
         c, z = self.config, self.hidden(idx)
         if targets is None:
             return self.logits(z[:, -1:], gains), None
         y = targets.flatten()
-        if return_terms:
-            ce = LinearCrossEntropy.apply(z.flatten(0, 1), self.W, y) / (y >= 0).sum()
-        else:
-            logits = self.logits(z, gains)
-            ce = F.cross_entropy(logits.flatten(0, 1).to(z.dtype), y, ignore_index=-1)
+        total = LinearCrossEntropy.apply(self.steer(z, gains).flatten(0, 1), self.W, y)
+        ce = total / (y >= 0).sum()
         loss = ce
         rec = t2p = p2t = ce.new_zeros(())
         if c.n_proto:
             share = c.head_share if self.training else 1.0
-            z = z[:math.ceil(share * len(z))]
-            m = self.mixture(z)
-            rec = (m.residual.norm() / z.detach().norm()).square()
+            some = z[:math.ceil(share * len(z))]
+            m = self.mixture(some)
+            rec = (m.residual.norm() / some.detach().norm()).square()
             t2p = 1 - m.nearest_proto.mean()
             p2t = 1 - m.nearest_token.mean()
             loss = ce + c.lambda_rec * rec + c.lambda_t2p * t2p + c.lambda_p2t * p2t
         if return_terms:
             return loss, torch.stack((ce, rec, t2p, p2t)).detach()
-        return logits, loss
+        return self.logits(z, gains), loss
 
     @torch.no_grad()
     def explain(self, idx, targets=None, gains=None):
-        """The exact ledger of one logit per token. idx (B, T), targets (B, T) -> Explanation
-
-        logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>; y is by default the likeliest next token.
-        """
+        """idx (B, T), targets (B, T), by default the likeliest next tokens y -> Explanation:
+        logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, exactly."""
         z = self.hidden(idx)
         logits = self.logits(z, gains)
-        if targets is None:
-            targets = logits.argmax(-1)
+        targets = logits.argmax(-1) if targets is None else targets
         w = self.W[targets]                                       # (B, T, d)
         logit = logits.gather(-1, targets[..., None])[..., 0]
-        if not self.config.n_proto:
-            none = logit.new_zeros(*logit.shape, 0)
-            return Explanation(targets, logit, none.long(), none, none, (w * z).sum(-1))
         m = self.mixture(z)
         slices = m.gates * (w.flatten(0, 1) @ self.prototypes.T).gather(1, m.ids)  # a_ti <W_y, p_i>
         if gains is not None:
             slices = slices * gains.to(z)[m.ids]
-        residual = (w * m.residual.view_as(z)).sum(-1)
+        residual = (w * m.residual.view_as(z)).sum(-1)            # <W_y, r_t>
         shape = *targets.shape, self.config.top_k
         return Explanation(targets, logit, m.ids.view(shape), m.gates.view(shape),
                            slices.view(shape), residual)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-                 gains=None, stop=None, n_vocab=None):
-        """Continues idx (B, T) -> (B, T + max_new_tokens), or fewer once every row drew `stop`.
-
-        temperature 0 is greedy; top_k keeps the likeliest tokens, top_p the smallest set with that
-        much probability; one seed gives one text. n_vocab: the tokenizer's size, where vocab_size
-        is rounded up. When the context is full, its newer half is kept and read afresh.
-        """
-        c = self.config
-        if not 1 <= idx.size(1) <= c.block_size:
-            raise UserError(f"the prompt has {idx.size(1)} tokens, expected 1 to {c.block_size}")
-        if not 0 <= temperature < math.inf:
-            raise UserError(f"temperature is {temperature}, expected 0 or more")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k is {top_k}, expected at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise UserError(f"top_p is {top_p}, expected 0 < top_p <= 1")
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=1337, gains=None,
+                 n_vocab=None):
+        """Continues idx (B, T) -> (B, T + max_new_tokens). temperature 0 is greedy; top_k keeps the
+        likeliest tokens; n_vocab is the tokenizer's size, where vocab_size is rounded up. When the
+        context is full, its newer half is kept and read afresh."""
+        T = self.config.block_size
         rng = torch.Generator(idx.device)
-        if seed is None:
-            rng.seed()
-        else:
-            rng.manual_seed(seed)
-        training = self.training
-        self.eval()
-        done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        rng.manual_seed(seed)
         new, past, start = idx, [[] for _ in self.transformer.h], 0
         for _ in range(max_new_tokens):
-            if idx.size(1) - start > c.block_size:
-                start = idx.size(1) - max(1, c.block_size // 2)
+            if idx.size(1) - start > T:
+                start = idx.size(1) - max(1, T // 2)
                 new, past = idx[:, start:], [[] for _ in self.transformer.h]
-            z = self.hidden(new, past)[:, -1]
-            new = draw(self.logits(z, gains)[:, :n_vocab].float(), temperature, top_k, top_p, rng)
+            logits = self.logits(self.hidden(new, past)[:, -1], gains)[:, :n_vocab].float()
+            if top_k:
+                least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+                logits[logits < least] = -math.inf
+            if temperature:
+                probs = (logits / temperature).softmax(-1)
+                new = torch.multinomial(probs, 1, generator=rng)
+            else:
+                new = logits.argmax(-1, keepdim=True)
             idx = torch.cat((idx, new), 1)
-            done |= new[:, 0] == (-1 if stop is None else stop)
-            if done.all():
-                break
-        self.train(training)
         return idx
 
     @torch.no_grad()
@@ -412,61 +324,27 @@ class PRISM(nn.Module):
         minimises the mean |z - zhat|^2. For a trunk that is trained already."""
         training = self.training
         z = self.eval().hidden(idx).flatten(0, 1)                 # (N, d)
-        M, N = self.config.n_proto, len(z)
-        rounds = -(-M // N)                                       # without replacement while they last
-        order = [torch.randperm(N, device=z.device) for _ in range(rounds)]
-        self.prototypes.copy_(z[torch.cat(order)[:M]])
+        M = self.config.n_proto
+        rounds = [torch.randperm(len(z), device=z.device) for _ in range(0, M, len(z))]
+        self.prototypes.copy_(z[torch.cat(rounds)[:M]])           # no state twice while they last
         zhat = self.mixture(z).reconstruction
         self.prototypes.mul_((z * zhat).sum() / zhat.square().sum())
         self.train(training)
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """GPT-2 weights, their prototypes still random: call start_prototypes, as the trainer does.
-
-        source: a state dict of GPT-2's, or a name such as "gpt2-medium", which the optional
-        package transformers fetches. overrides: fields of PRISMConfig.
-        """
-        state = source
+        """GPT-2 weights, prototypes still random (see start_prototypes). source: a state dict, or a
+        name such as "gpt2", for the optional package transformers. overrides: config fields."""
         if isinstance(source, str):
-            try:
-                from transformers import GPT2LMHeadModel
-            except ImportError:
-                raise UserError(f"'{source}' is neither a file nor a folder with a ckpt.pt; for a "
-                                "name of GPT-2's family: pip install transformers") from None
-            state = GPT2LMHeadModel.from_pretrained(source).state_dict()
-        skip = ".attn.bias", ".attn.masked_bias", "lm_head.weight"  # masks, and W a second time
-        state = {f"transformer.{k.removeprefix('transformer.')}": v
-                 for k, v in state.items() if not k.endswith(skip)}
-        try:
-            V, d = state["transformer.wte.weight"].shape
-            T = len(state["transformer.wpe.weight"])
-            by_input = state["transformer.h.0.attn.c_attn.weight"].shape == (d, 3 * d)
-        except (KeyError, AttributeError, ValueError) as e:
-            raise UserError(f"these are no GPT-2 weights: {e} is missing or no tensor") from None
-        n_layer = len({k.split(".")[2] for k in state if k.startswith("transformer.h.")})
-        shape = dict(block_size=T, vocab_size=V, n_layer=n_layer, n_head=max(1, d // 64),
-                     n_embd=d, bias="transformer.ln_f.bias" in state)
+            from transformers import GPT2LMHeadModel
+            source = GPT2LMHeadModel.from_pretrained(source).state_dict()
+        state = {k.removeprefix("transformer."): v for k, v in source.items()}
+        V, d = state["wte.weight"].shape
+        n_layer = len({k.split(".")[1] for k in state if k.startswith("h.")})
+        shape = dict(block_size=len(state["wpe.weight"]), vocab_size=V, n_layer=n_layer,
+                     n_head=max(1, d // 64), n_embd=d, bias="ln_f.bias" in state)
         model = cls(PRISMConfig(**(shape | overrides)))
-        for name, p in model.transformer.named_parameters(prefix="transformer"):
-            value = state.get(name)
-            if value is not None and by_input and name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                value = value.T                                   # GPT-2 stores (in, out)
-            if value is None or value.shape != p.shape:
-                found = "nothing" if value is None else tuple(value.shape)
-                raise UserError(f"{name}: found {found}, expected {tuple(p.shape)}")
-            p.data.copy_(value)
+        for name, p in model.transformer.named_parameters():
+            by_input = name.startswith("h.") and p.dim() == 2     # GPT-2 stores (in, out)
+            p.data.copy_(state[name].T if by_input else state[name])
         return model
-
-
-def draw(logits, temperature, top_k, top_p, rng):
-    """logits (B, V) -> one token per row (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / max(temperature, 1e-6)
-    if top_k is not None and top_k < logits.size(-1):
-        logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
-    probs, order = logits.softmax(-1).sort(-1, descending=True)
-    if top_p is not None:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0              # the one that crosses top_p stays
-    return order.gather(1, torch.multinomial(probs, 1, generator=rng))

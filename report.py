@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from attribute import Index, Records, around, encode
+from attribute import Index, Records
 from common import atomic, load_documents, parse_config, plain, reading, run_main
 
 WORD = re.compile(r"[^\W\d_]{2,}")
@@ -159,7 +159,7 @@ class Cards:
                              "quantile": 1 - j / n,
                              "document": self.run.titles[doc_of[j]],
                              "source": self.run.source_of[doc_of[j]],
-                             "text": around(self.run, int(index.positions[tokens[j]]))})
+                             "text": index.around(int(index.positions[tokens[j]]))})
         common = Counter(index.unit_of["source"][tokens].tolist()).most_common(5)
         return {"id": i,
                 "label": self.label(self.words(tokens[:100])),
@@ -186,7 +186,7 @@ def explorer(index, prompt):
     """Texts of the explorer: the user's prompt, and the first words of a held-out document."""
     run, texts = index.run, []
     if prompt:
-        ids, n = encode(run, prompt)
+        ids, n = index.encode(prompt)
         room = min(12, run.T + 1 - n)
         idx = torch.tensor([ids], device=run.device)
         out = run.model.generate(idx, room, temperature=0, n_vocab=run.tokenizer.n_vocab)
@@ -226,7 +226,7 @@ def influence(index, r):
             found[level] = {"proponents": index.entries(level, scores, x[0], 5, 1),
                             "opponents": index.entries(level, scores, x[0], 5, -1)}
             for entry in sum(found[level].values(), []):
-                entry["text"] = around(index.run, entry["position"])
+                entry["text"] = index.around(entry["position"])
         yield found
 
 

@@ -22,7 +22,6 @@ class SampleConfig:
     num_samples: int = 1         # continuations, each with the next seed
     temperature: float = 0.8     # 0 is greedy
     top_k: int = 0               # keep the likeliest tokens only; 0 keeps all
-    top_p: float = 1.0           # keep the smallest set of tokens with this probability
     seed: int = 1337             # one seed, one text
     gains: str = ""              # gains files that raise or lower prototypes, commas between
     device: str = "auto"         # auto, cpu, cuda or mps
@@ -32,11 +31,11 @@ def sample(run, ids, gains, cfg):
     idx = torch.tensor([ids], device=run.device)
     eot = run.tokenizer.eot_token
     for i in range(cfg.num_samples):
-        out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None,
-                                 cfg.top_p, cfg.seed + i, gains, eot, run.tokenizer.n_vocab)
-        if i:
-            print("-" * 20)
-        print(run.decode(t for t in out[0] if t != eot))
+        out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
+                                 cfg.seed + i, gains, run.tokenizer.n_vocab)
+        tokens = out[0].tolist() + [eot]
+        print(run.decode(tokens[:tokens.index(eot)]))             # up to the end of the text
+        print("-" * 20)
 
 
 def explain(run, ids, gains, top=4):
@@ -50,16 +49,14 @@ def explain(run, ids, gains, top=4):
     slices = e.contributions[0].double()                          # (T, k)
     residual = e.residual[0].double()                             # (T,)
     total = slices.sum(-1)
-    print("           token     logit =  residual +    slices   largest: prototype, share (gate)")
+    print("           token     logit =  residual +    slices   largest, prototype: share (gate)")
     for t, y in enumerate(targets):
         largest = slices[t].abs().argsort(descending=True)[:top]
-        parts = [f"{protos[t, j]} {slices[t, j]:+.3f} ({gates[t, j]:.2f})" for j in largest]
+        parts = [f"{protos[t, j]}: {slices[t, j]:+.3f} ({gates[t, j]:.2f})" for j in largest]
         token = repr(run.decode([y]))
-        print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}  ",
-              ", ".join(parts))
+        print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}  ", *parts)
     error = (residual + total - logit).abs().max()
-    print("the last token is the model's choice; largest |residual + slices - logit|: "
-          f"{error:.1e} of logits up to {logit.abs().max():.1f}")
+    print(f"the last token is the likeliest; largest |residual + slices - logit|: {error:.1e}")
 
 
 def main(argv):
@@ -68,6 +65,10 @@ def main(argv):
     ids = run.tokenizer.encode_ordinary(cfg.prompt)
     if not ids:
         raise UserError("the prompt is empty; give at least one character: --prompt=\"The\"")
+    if cfg.explain and not run.model.config.n_proto:
+        raise UserError(f"{cfg.out_dir} holds a dense model (n_proto = 0): no ledger")
+    if cfg.temperature < 0 or cfg.top_k < 0:
+        raise UserError(f"temperature={cfg.temperature}, top_k={cfg.top_k}; expected 0 or more")
     gains = load_gains(cfg.gains, run.model) if cfg.gains else None
     if cfg.explain:
         explain(run, ids, gains)

@@ -56,7 +56,6 @@ class ApplyConfig:
     num_samples: int = 3      # continuations shown
     max_new_tokens: int = 60  # length of each
     temperature: float = 0.8  # 0 is greedy
-    top_p: float = 1.0        # keep the smallest set of tokens with this probability
     seed: int = 1337          # one seed, one text
     device: str = "auto"      # auto, cpu, cuda or mps
 
@@ -398,12 +397,12 @@ def beginnings(run, n, seed):
     return torch.from_numpy(tokens.astype(np.int64)).to(run.device)
 
 
-def continuations(run, idx, max_new_tokens, temperature, seed, gains=None, top_p=None):
+def continuations(run, idx, max_new_tokens, temperature, seed, gains=None):
     """idx (n, L) -> (n, L + max_new_tokens), sampled. One seed gives the same draws."""
     parts = []
     for i, rows in enumerate(idx.split(64)):
-        whole = run.model.generate(rows, max_new_tokens, temperature, top_p=top_p, gains=gains,
-                                   seed=seed + 64 * i, n_vocab=run.tokenizer.n_vocab)
+        whole = run.model.generate(rows, max_new_tokens, temperature, seed=seed + 64 * i,
+                                   gains=gains, n_vocab=run.tokenizer.n_vocab)
         parts.append(whole)
     return torch.cat(parts)
 
@@ -441,15 +440,15 @@ def shuffled(gains, fires, seed, width=16):
 
 def apply(argv):
     cfg = parse_config(ApplyConfig, argv)
-    run = open_run(cfg, num_samples=1, max_new_tokens=1, seed=0)
+    run = open_run(cfg, num_samples=1, max_new_tokens=1, temperature=0, seed=0)
     gains = load_gains(cfg.gains, run.model)
     idx = beginnings(run, cfg.num_samples, cfg.seed)
     if cfg.prompt:
         prompt = run.tokenizer.encode_ordinary(cfg.prompt)
         idx = torch.tensor([prompt] * cfg.num_samples, device=run.device)
     options = cfg.max_new_tokens, cfg.temperature, cfg.seed
-    before = continuations(run, idx, *options, top_p=cfg.top_p)
-    after = continuations(run, idx, *options, gains, cfg.top_p)
+    before = continuations(run, idx, *options)
+    after = continuations(run, idx, *options, gains)
     for i in range(cfg.num_samples):
         print(f"--- {i + 1}: {plain(run.decode(idx[i]))}")
         for side, rows in ("before", before), (" after", after):
@@ -459,7 +458,7 @@ def apply(argv):
 
 def sweep(argv):
     cfg = parse_config(SweepConfig, argv)
-    run = open_run(cfg, prompts=2, max_new_tokens=1, tokens=1, seed=0)
+    run = open_run(cfg, prompts=2, max_new_tokens=1, temperature=0, tokens=1, seed=0)
     model, path = run.model, Path(cfg.gains)
     gains = load_gains(cfg.gains, model)
     with reading(f"gains file '{path}'", "sweep takes one file that suppress.py find wrote"):

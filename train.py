@@ -10,6 +10,7 @@ Writes to out_dir: ckpt.pt (best on validation), last.pt (newest), metrics.csv, 
 tokenizer. A resumed run ends with the very weights of a run that was never interrupted.
 """
 import csv
+import ctypes
 import functools
 import io
 import math
@@ -89,9 +90,8 @@ def choose_precision(cfg, device):
     return dtype, compiled, f"{dtype} (native bfloat16: {native}), compiled: {compiled}"
 
 
-# ------------------------------------------- data: a function of (seed, step)
 class Windows:
-    """Windows of T tokens and, as targets, the T tokens that follow each."""
+    """T tokens and, as targets, the T that follow each: a function of the seed and a number."""
     def __init__(self, tokens, block_size, seed, vocab_size, path):
         self.tokens, self.T, self.vocab_size, self.path = tokens, block_size, vocab_size, path
         starts = functools.partial(window_starts, len(tokens), block_size, seed)
@@ -146,14 +146,12 @@ def evaluate(model, windows, cfg, rank, ranks, device, autocast):
         sums = sums.to(device)
         dist.all_reduce(sums)
     n, ce, ce_prototypes, r2, z2 = sums[:5].tolist()
-    result = {"val_ce": ce / n}
-    if n_proto:
-        result |= {"val_ce_prototypes": ce_prototypes / n, "residual_share": r2 / z2}
-        result["live"] = int((sums[5:] > 0).sum())
-    return result
+    if not n_proto:
+        return {"val_ce": ce / n}
+    return {"val_ce": ce / n, "val_ce_prototypes": ce_prototypes / n, "residual_share": r2 / z2,
+            "live": int((sums[5:] > 0).sum())}
 
 
-# ------------------------------------------- optimiser and schedule
 def make_optimizer(model, cfg):
     """AdamW. Prototypes follow a trunk that moves: at the trunk's own rate they lag behind it."""
     trunk = list(model.transformer.parameters())
@@ -175,7 +173,6 @@ def learning_rate(step, cfg):
     return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
 
 
-# ------------------------------------------- weights to start from, and checkpoints
 def load_start(cfg):
     """The model that init_from names; its shape becomes the options'."""
     path = Path(cfg.init_from)
@@ -226,6 +223,9 @@ def save(out_dir, is_best, content):
 def main(argv):
     cfg = parse_config(TrainConfig, argv).check_run()
     rank, ranks, device = set_up_ranks(cfg.device)
+    if sys.platform == "linux":  # glibc keeps freed memory: a CPU's bfloat16 step takes 10% less
+        ctypes.CDLL(None).mallopt(-3, 2 ** 25)                    # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)                # M_TRIM_THRESHOLD
     out_dir, folder = Path(cfg.out_dir), dataset_folder(cfg.dataset)
     train_tokens, val_tokens, meta = load_dataset(folder)
     cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
@@ -272,7 +272,7 @@ def main(argv):
     say(f"{meta['name']}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
     say(f"model: {n_params:,} parameters, {cfg.n_proto} prototypes, vocabulary {cfg.vocab_size:,}")
     say(f"device: {device}, ranks: {ranks}, {words}")
-    say(f"steps: {start} to {cfg.max_iters}, {micros} micro-batches of {B} windows of {T} tokens")
+    say(f"steps: {start} to {cfg.max_iters} of {micros} x {B} windows of {T} tokens")
     if rank == 0:
         write_json(out_dir / "config.json", asdict(cfg))
         for name in ("tokenizer.tiktoken", "tokenizer.json"):

@@ -59,6 +59,9 @@ RUNS = [  # result, script, options, options of the quick run (None: there is no
     ("logit_rank", "neighbours/logit_rank.py", "",
      "--out_dir=RUN --dense=Q/dense --histories=32 --length=24 --futures=2 --targets=2 --basis=16 "
      "--steps=4 --states=2,4"),
+    ("proto_lm", "neighbours/proto_lm.py", "",
+     "--out_dir=RUN --length=24 --most=30 --epochs=3 --seeds=1"),
+    ("proto_lm-books", "neighbours/proto_lm.py", "--out_dir=out-books --most=150", None),
 ]
 
 

@@ -52,7 +52,8 @@ def figure(results, match):
     if word:
         value = WORDS[word](value)
     if isinstance(value, list):
-        return f"{format(mean(value), form)} +- {format(stdev(value), form)}"
+        spread = [stdev(value)] if len(value) > 1 else []
+        return " +- ".join(format(x, form) for x in (mean(value), *spread))
     return format(value * float(factor) if factor else value, form).replace("|", r"\|")
 
 
@@ -60,7 +61,7 @@ def fill(text, results):
     """Puts figures into a text -> text, or None where one is missing."""
     try:
         return FIGURE.sub(functools.partial(figure, results), text)
-    except (KeyError, IndexError):
+    except (KeyError, IndexError, TypeError):                     # nothing, or null, is there
         return None
 
 

@@ -32,12 +32,21 @@ def test_samples_follow_the_seed(tmp_path, dataset, capsys, n_proto):
     write_model(out, dataset, n_proto=n_proto)
     words = "--max_new_tokens=30", "--num_samples=2"
     both = printed(capsys, out, *words)
-    first, second = both.split("-" * 20 + "\n")
-    assert both == printed(capsys, out, *words) and first != second
+    line = "-" * 20 + "\n"
+    first, second, rest = both.split(line)
+    assert both == printed(capsys, out, *words) and first != second and not rest
     assert first.startswith("the cat") and second.startswith("the cat")
-    assert printed(capsys, out, *words[:1], "--seed=1338") == second
+    assert printed(capsys, out, *words[:1], "--seed=1338") == second + line
     greedy = printed(capsys, out, *words[:1], "--temperature=0")
-    assert printed(capsys, out, *words[:1], "--top_k=1") == greedy != first
+    assert printed(capsys, out, *words[:1], "--top_k=1") == greedy != first + line
+
+
+def test_a_sample_ends_where_its_text_does(tmp_path, dataset, capsys, monkeypatch):
+    out = tmp_path / "out"
+    write_model(out, dataset)
+    continued = torch.tensor([[*b"the cat", *b" sat", 256, *b" on"]])
+    monkeypatch.setattr("prism.PRISM.generate", lambda self, *words: continued)
+    assert printed(capsys, out).startswith("the cat sat\n----")
 
 
 def test_the_ledger_adds_up_and_obeys_gains(tmp_path, dataset, capsys):
@@ -68,10 +77,12 @@ def test_what_cannot_be_sampled_is_one_line(tmp_path, dataset):
     out = tmp_path / "out"
     write_model(out, dataset)
     for words, message in ((["--prompt="], "the prompt is empty"),
-                           (["--prompt=" + "x" * 20], "20 tokens"),
                            (["--prompt=" + "x" * 20, "--explain"], "20 tokens"),
-                           (["--prompt=x", "--temperature=-1"], "temperature is -1.0"),
+                           (["--prompt=x", "--temperature=-1"], "temperature=-1.0"),
                            (["--prompt=x", "--gains=nowhere.json"], "nowhere.json"),
                            (["--prompt=x", "--device=cuda:99"], "cuda:99")):
         with pytest.raises(UserError, match=message):
             sample.main([f"--out_dir={out}", "--device=cpu", *words])
+    write_model(tmp_path / "dense", dataset, n_proto=0)
+    with pytest.raises(UserError, match="dense"):
+        sample.main([f"--out_dir={tmp_path}/dense", "--prompt=x", "--explain", "--device=cpu"])

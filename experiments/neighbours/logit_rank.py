@@ -102,7 +102,10 @@ def spectrum(X, passages):
     error = 2.36 * float(variance) ** 0.5                   # t distribution, 7 degrees of freedom
     found = alpha(gram)
     values = np.linalg.eigvalsh(gram)[::-1].clip(min=0) ** 0.5
-    fewer = {m: alpha(gram[:m, :m]) for m in (n // 4, n // 2)}
+    fewer = {}                                            # alpha depends on n
+    for m in (n // 4, n // 2):
+        if m >= 32:
+            fewer[m] = alpha(gram[:m, :m])
     return dict(
         values=values.tolist(),
         alpha=found,

@@ -177,7 +177,7 @@ def fit(h, y, classes, per_class, seed, cfg):
         among = (y == c).nonzero()[:, 0]
         i = torch.randint(len(among), (1,), generator=rng)
         clf.prototypes.data[n] = h[among[i]].mean((0, 1))
-    optimizer = torch.optim.AdamW(clf.parameters(), cfg.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(clf.parameters(), cfg.learning_rate)
     for epoch in range(1, cfg.epochs + 1):
         for rows in torch.randperm(len(y), generator=rng).split(32):
             optimizer.zero_grad()
