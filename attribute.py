@@ -271,7 +271,7 @@ class Index:
 
     def solve_blocks(self, b):
         """x_i = H_i^-1 b_i, H_i = L_i L_i^T; prototypes with b_i = 0 take no time."""
-        live = b.any(2).any(0).nonzero()[:, 0]
+        live = b.any((0, 2)).nonzero()[:, 0]
         L = torch.from_numpy(self.factors[live.numpy()])
         x = torch.zeros_like(b)
         x[:, live] = torch.cholesky_solve(b[:, live].permute(1, 2, 0), L).permute(2, 0, 1)
@@ -283,7 +283,7 @@ class Index:
         gates = self.gates.ravel()
         errors = torch.from_numpy(self.errors)
         scores = np.zeros((len(self.positions), len(x)))
-        for i in x.any(2).any(0).nonzero()[:, 0].tolist():
+        for i in x.any((0, 2)).nonzero()[:, 0].tolist():
             postings = self.order[self.start[i]:self.start[i + 1]]
             for p in np.array_split(postings, 1 + len(postings) // 2048):  # stays in the cache
                 s = p // self.ids.shape[1]                        # their training tokens
@@ -297,7 +297,7 @@ class Index:
         """Scores (N,) of tokens -> (units,) of tokens, documents or sources: plain sums."""
         return np.bincount(self.unit_of[level], token_scores, len(self.names[level]))
 
-    def query(self, prompt, target=None, level="document", hessian="block", top=10,
+    def query(self, prompt, target="", level="document", hessian="block", top=10,
               max_new_tokens=4):
         """Which training text made `target` (else: the greedy continuation) likely after `prompt`?
         -> dict: target, its loss in nats, scores (units,) of all documents, sources or tokens, and
@@ -307,7 +307,7 @@ class Index:
             raise UserError(f"level={level}, expected token, document or source")
         if hessian not in ("block", "full"):
             raise UserError(f"hessian={hessian}, expected block or full")
-        ids, n = self.encode(prompt, target or "")
+        ids, n = self.encode(prompt, target)
         if not target:
             idx = torch.tensor([ids], device=run.device)
             idx = run.model.generate(idx, max_new_tokens, 0, n_vocab=run.tokenizer.n_vocab)
@@ -328,14 +328,15 @@ class Index:
         found = []
         scores = sign * self.sums(token_scores, level)
         for unit in np.argsort(-scores)[:top]:
-            if not scores[unit] > 0:
+            if scores[unit] <= 0:
                 break
             tokens = np.flatnonzero(self.unit_of[level] == unit)
             s = tokens[(sign * token_scores[tokens]).argmax()]
             position, doc = int(self.positions[s]), self.doc_of[s]
             ids = self.ids[s].astype(np.int64)
             g = torch.from_numpy(self.errors[s]).float()
-            parts = self.gates[s] * (x[ids] @ g).numpy()          # a_si g_s . x_i
+            products = (x[ids] @ g).numpy()
+            parts = self.gates[s] * products                      # a_si g_s . x_i
             largest = np.argsort(-np.abs(parts))[:4]
             shares = parts[largest] / parts.sum()
             found.append({"score": sign * scores[unit],

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import io
 import math
+import shutil
 import signal
 import sys
 import time
@@ -52,7 +53,7 @@ class TrainConfig(PRISMConfig):
     eval_tokens: int = 0              # validation tokens that an evaluation reads; 0 reads all
     device: str = "auto"              # auto, cpu, cuda or mps
     dtype: str = "auto"               # float32, bfloat16 (autocast) or auto, as the device prefers
-    compile: str = "auto"             # on, off or auto, which compiles on a GPU only
+    compile: str = "auto"             # on, off or auto: on a GPU, where there is a C compiler
 
     def check_run(self):
         """Raises UserError for a value out of range. PRISM itself checks the model's sizes."""
@@ -85,7 +86,8 @@ def choose_precision(cfg, device):
     if device.type != "cpu":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported()
     low = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and native)
-    compiled = cfg.compile == "on" or (cfg.compile == "auto" and device.type == "cuda")
+    pays = device.type == "cuda" and shutil.which("gcc") is not None
+    compiled = pays if cfg.compile == "auto" else cfg.compile == "on"
     dtype = torch.bfloat16 if low else torch.float32
     return dtype, compiled, f"{dtype} (native bfloat16: {native}), compiled: {compiled}"
 
@@ -239,7 +241,6 @@ def main(argv):
                         f"block_size x ranks = {B} x {T} x {ranks} = {B * T * ranks}")
     windows = Windows(train_tokens, T, cfg.seed, cfg.vocab_size, folder / "train.bin")
     val_windows = Windows(val_tokens, T, cfg.seed, cfg.vocab_size, folder / "val.bin")
-
     torch.manual_seed(cfg.seed)
     model = PRISM(model_config(cfg)).to(device)
     optimizer = make_optimizer(model, cfg)
@@ -267,7 +268,6 @@ def main(argv):
     def say(text):
         if rank == 0:
             print(text, flush=True)
-
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{meta['name']}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
     say(f"model: {n_params:,} parameters, {cfg.n_proto} prototypes, vocabulary {cfg.vocab_size:,}")
@@ -280,7 +280,7 @@ def main(argv):
                 f.write((folder / name).read_bytes())
         for leftover in out_dir.glob("*.tmp"):                    # of a run that was killed
             leftover.unlink()
-    stop = []                                                     # signals that came
+    stop = []  # signals that came
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
 

@@ -1,6 +1,4 @@
-"""Writes RESULTS.md from RESULTS.in.md and the JSON files in results/.
-
-    python experiments/tables.py
+"""RESULTS.md from RESULTS.in.md and the JSON files in results/: python experiments/all.py --tables
 
 {quality.against dense.pydoc.loss:+.2%} is a figure of results/quality.json; " x 1000" behind a path
 multiplies it. A list becomes mean +- standard deviation, or what a word before the path says; `*`
@@ -9,14 +7,11 @@ value. A cell "met if {a} < {b}" becomes the verdict. What is missing leaves its
 """
 import functools
 import re
-import sys
-from pathlib import Path
-from statistics import correlation, mean, median, stdev
+from statistics import mean, stdev
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from tools import ROOT, read_results  # noqa: E402
+from tools import ROOT, read_results
 
-from common import atomic, run_main  # noqa: E402
+from common import atomic
 
 HERE = ROOT / "experiments"
 OLDER = "ded8bf2"  # results of this revision do not name it
@@ -43,10 +38,8 @@ def look_up(value, keys):
 
 def figure(results, match):
     word, path, form = match.groups()
-    path, _, factor = path.replace("<n>", str(results.get("n"))).partition(" x ")
+    path, _, factor = path.partition(" x ")
     value = look_up(results, path.split("."))
-    if value is None:
-        raise KeyError(path)
     if word == "each":
         return ", ".join(format(x, form) for x in value)
     if word:
@@ -86,55 +79,40 @@ def fill_row(row, results):
 
 
 def made_by(x):
-    """Machine, torch and revision of a result, in words."""
+    """Machine, torch, revision and date of a result, in words."""
     words = [str(x.get("machine", "a CPU"))]
     if "torch" in x:
         words.append(f"torch {x['torch']}")
-    return ", ".join([*words, f"revision {x.get('revision', OLDER)}"])
-
-
-def add_suppression(r):
-    """How far the gains cut the matches, beside the controls; in how many of the six, enough."""
-    studies = {name: x for name, x in r.items() if name.startswith("suppression-")}
-    good = 0
-    for x in [*studies.values(), *r.get("retrofit", {}).get("suppression", {}).values()]:
-        rates = {side: v["matches_per_1000"][0] for side, v in x["sides"].items()}
-        x["cut"] = rates["gains"] / max(rates["before"], 1e-9) - 1
-        x["controls"] = [rate for side, rate in rates.items() if side.startswith("control")]
-    for x in studies.values():
-        good += x["cut"] <= -0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5
-    r["suppression"] = studies
-    r["suppressed"] = {"count": good, "of": len(studies)}
+    words.append(f"revision {x.get('revision', OLDER)}")
+    return ", ".join([*words, x["date"]] if "date" in x else words)
 
 
 def add_derived(r):
     """Adds figures that follow from those in the files to the results r."""
     r["made"] = {name: made_by(x) for name, x in r.items()}
-    add_suppression(r)
+    studies = {name: x for name, x in r.items() if name.startswith("suppression-")}
+    enough = 0
+    for x in studies.values():
+        rates = {side: v["matches_per_1000"][0] for side, v in x["sides"].items()}
+        x["cut"] = rates["gains"] / max(rates["before"], 1e-9) - 1
+        x["controls"] = [rate for side, rate in rates.items() if side.startswith("control")]
+        enough += x["cut"] <= -0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5
+    r["suppression"] = studies
+    r["suppressed"] = {"count": enough, "of": len(studies)}
     for x in r.get("twin", {}).get("sizes", {}).values():
         x["loss"] = x["PRISM"]["val_ce"] / x["dense"]["val_ce"] - 1
         x["points"] = 100 * (x["PRISM"]["accuracy"] - x["dense"]["accuracy"])
     for x in r.get("logit_rank", {}).get("synthetic", []):
         x["all"] = sum(x["V"] ** t for t in range(x["N"]))        # sequences
-    if "refit" in r:
-        documents = r["refit"]["documents"].values()
-        r["refit"]["median"] = {}
-        for method in r["refit"]["pearson"]:
-            found = [correlation(u["real"], u[method]) for u in documents]
-            r["refit"]["median"][method] = median(found)
-    if "resume-1" in r:
-        trials = r["resume-1"]["trials"]
-        killed = [t for t in trials if t["killed"]]
-        r["resume-1"] |= {"count": len(trials), "killed": len(killed),
-                          "identical": sum(t["identical"] for t in trials),
-                          "during_write": sum(t["during_write"] for t in killed)}
+    for kind, x in r.get("grounding", {}).get("sets", {}).items():
+        x["stability"] = r["grounding"]["stability"][kind]
     for name in {"proto_lm", "proto_lm-books"} & set(r):
         accuracy = {n: mean(v) for n, v in r[name]["accuracy"].items()}
         behind = accuracy["linear on attention, frozen"] - accuracy["prototypes, frozen"]
         r[name]["points_behind"] = 100 * behind
 
 
-def main(argv):
+def write_tables():
     r = {path.stem: read_results(path) for path in sorted((HERE / "results").glob("*.json"))}
     add_derived(r)
     lines = []
@@ -155,7 +133,3 @@ def main(argv):
                 lines.append(text)
     with atomic(HERE / "RESULTS.md", "w", encoding="utf-8") as f:
         f.write("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,25 +1,29 @@
-"""The model against plain loops, hand-worked numbers and its own promises (design: sections 2 and 5 of the mathematics)."""
-import json
+"""The model against plain loops, hand-worked numbers and its own promises."""
 import math
-import os
-import pickle
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny, write_dataset
+from conftest import tiny
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import prism
-from prism import PRISM, LinearCrossEntropy, PRISMConfig, TopSimilarity, UserError, prototype_head
+from prism import PRISM, LinearCrossEntropy, PRISMConfig, UserError, prototype_head
 
 
-# ----------------------------------------------------------------------------- plain-loop references
+def tokens(*shape, vocab=11, seed=1):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape, seed=1, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+# -- plain loops in Python floats
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
 
 def ref_layer_norm(x, w, b):
     mean = sum(x) / len(x)
@@ -28,232 +32,287 @@ def ref_layer_norm(x, w, b):
 
 
 def ref_linear(x, w, b):
-    return [sum(wi * xi for wi, xi in zip(row, x)) + bi for row, bi in zip(w, b)]
+    return [dot(row, x) + bi for row, bi in zip(w, b)]
 
 
-def ref_hidden(model, tokens):
-    """The GPT-2 trunk for one sequence, token by token, in Python floats -> list of T lists of d numbers."""
-    p = {k: v.tolist() for k, v in model.state_dict().items()}
-    c, d = model.config, model.config.n_embd
-    xs = [[a + b for a, b in zip(p["transformer.wte.weight"][t], p["transformer.wpe.weight"][i])] for i, t in enumerate(tokens)]
+def ref_attention(qkv, t, heads, d):
+    """What token t takes from the tokens up to itself -> d numbers."""
+    size, y = d // heads, []
+    for h in range(heads):
+        a, b = h * size, (h + 1) * size
+        past = qkv[:t + 1]
+        scores = [dot(qkv[t][a:b], u[d + a:d + b]) / math.sqrt(size) for u in past]
+        e = [math.exp(v - max(scores)) for v in scores]
+        y += [dot(e, [u[2 * d + j] for u in past]) / sum(e) for j in range(a, b)]
+    return y
+
+
+def ref_gelu(v):
+    return 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3)))
+
+
+def ref_hidden(weights, c, idx):
+    """The GPT-2 trunk for one sequence, matrices (out, in) -> a list of d numbers per token."""
+    p = {name.removeprefix("transformer."): w.tolist() for name, w in weights.items()}
+    xs = []
+    for t, token in enumerate(idx):
+        xs.append([a + b for a, b in zip(p["wte.weight"][token], p["wpe.weight"][t])])
     for layer in range(c.n_layer):
         def w(name):
-            return p[f"transformer.h.{layer}.{name}.weight"], p[f"transformer.h.{layer}.{name}.bias"]
+            return p[f"h.{layer}.{name}.weight"], p[f"h.{layer}.{name}.bias"]
         qkv = [ref_linear(ref_layer_norm(x, *w("ln_1")), *w("attn.c_attn")) for x in xs]
-        size = d // c.n_head
         for t in range(len(xs)):
-            y = []
-            for h in range(c.n_head):
-                q = qkv[t][h * size:(h + 1) * size]
-                scores = [sum(a * b for a, b in zip(q, qkv[s][d + h * size:d + (h + 1) * size])) / math.sqrt(size) for s in range(t + 1)]
-                e = [math.exp(v - max(scores)) for v in scores]
-                for j in range(size):
-                    y.append(sum(e[s] / sum(e) * qkv[s][2 * d + h * size + j] for s in range(t + 1)))
-            xs[t] = [a + b for a, b in zip(xs[t], ref_linear(y, *w("attn.c_proj")))]
-        for t in range(len(xs)):
-            u = ref_linear(ref_layer_norm(xs[t], *w("ln_2")), *w("mlp.c_fc"))
-            g = [0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3))) for v in u]
-            xs[t] = [a + b for a, b in zip(xs[t], ref_linear(g, *w("mlp.c_proj")))]
-    return [ref_layer_norm(x, p["transformer.ln_f.weight"], p["transformer.ln_f.bias"]) for x in xs]
+            y = ref_linear(ref_attention(qkv, t, c.n_head, c.n_embd), *w("attn.c_proj"))
+            x = [a + b for a, b in zip(xs[t], y)]
+            u = ref_linear(ref_layer_norm(x, *w("ln_2")), *w("mlp.c_fc"))
+            y = ref_linear([ref_gelu(v) for v in u], *w("mlp.c_proj"))
+            xs[t] = [a + b for a, b in zip(x, y)]
+    return [ref_layer_norm(x, p["ln_f.weight"], p["ln_f.bias"]) for x in xs]
 
 
 def ref_head(zs, ps, k):
-    """cosine, relu, top-k, mixture, residual -> list a token of (ids, gates, zhat, r), and the matrix of cosines."""
-    def cos(a, b):
-        return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
-    s = [[cos(z, p) for p in ps] for z in zs]
+    """cosine, relu, top-k, residual -> (ids, gates, residual) per token, and all cosines."""
+    s = [[dot(z, p) / math.sqrt(dot(z, z)) / math.sqrt(dot(p, p)) for p in ps] for z in zs]
     out = []
     for z, row in zip(zs, s):
         ids = sorted(range(len(ps)), key=lambda i: -row[i])[:k]
         gates = [max(0.0, row[i]) for i in ids]
-        zhat = [sum(a * ps[i][j] for a, i in zip(gates, ids)) for j in range(len(z))]
-        out.append((ids, gates, zhat, [a - b for a, b in zip(z, zhat)]))
+        zhat = [dot(gates, [ps[i][j] for i in ids]) for j in range(len(z))]
+        out.append((ids, gates, [a - b for a, b in zip(z, zhat)]))
     return out, s
 
 
 def test_forward_loss_terms_and_ledger_equal_plain_loops():
     model = tiny()
-    c, g = model.config, torch.Generator().manual_seed(1)
-    idx, targets = torch.randint(11, (2, 7), generator=g), torch.randint(11, (2, 7), generator=g)
-    zs = [z for row in idx.tolist() for z in ref_hidden(model, row)]
-    torch.testing.assert_close(model.hidden(idx).flatten(0, 1), torch.tensor(zs, dtype=torch.float64), rtol=1e-10, atol=1e-10)
-    head, s = ref_head(zs, model.prototypes.tolist(), c.top_k)
-    W = model.transformer.wte.weight.tolist()
-    logits = [[sum(a * b for a, b in zip(w, z)) for w in W] for z in zs]
-    ys = targets.flatten().tolist()
-    ce = sum(math.log(sum(math.exp(v) for v in row)) - row[y] for row, y in zip(logits, ys)) / len(ys)
-    rec = sum(sum(v * v for v in r) for *_, r in head) / sum(sum(v * v for v in z) for z in zs)
+    c, idx, targets = model.config, tokens(2, 7), tokens(2, 7, seed=2)
+    zs = [z for row in idx.tolist() for z in ref_hidden(model.state_dict(), c, row)]
+    want_z = torch.tensor(zs, dtype=torch.float64)
+    torch.testing.assert_close(model.hidden(idx).flatten(0, 1), want_z, rtol=1e-10, atol=1e-10)
+    ps, W, ys = model.prototypes.tolist(), model.W.tolist(), targets.flatten().tolist()
+    head, s = ref_head(zs, ps, c.top_k)
+    logits = [[dot(w, z) for w in W] for z in zs]
+    losses = [math.log(sum(map(math.exp, row))) - row[y] for row, y in zip(logits, ys)]
+    ce = sum(losses) / len(ys)
+    rec = sum(dot(r, r) for *_, r in head) / sum(dot(z, z) for z in zs)
     t2p = 1 - sum(max(row) for row in s) / len(s)
     p2t = 1 - sum(max(row[i] for row in s) for i in range(c.n_proto)) / c.n_proto
-    want = torch.tensor([ce, rec, t2p, p2t], dtype=torch.float64)
-
-    _, loss, terms = model(idx, targets, return_terms=True)
-    torch.testing.assert_close(terms, want, rtol=1e-10, atol=1e-10)
     total = ce + c.lambda_rec * rec + c.lambda_t2p * t2p + c.lambda_p2t * p2t
+
+    loss, terms = model(idx, targets, return_terms=True)
+    assert terms.tolist() == pytest.approx([ce, rec, t2p, p2t], rel=1e-10)
     assert loss.item() == pytest.approx(total, rel=1e-10)
-    full, loss2 = model(idx, targets)
-    assert loss2.item() == pytest.approx(total, rel=1e-10)
-    torch.testing.assert_close(full.flatten(0, 1), torch.tensor(logits, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    whole, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(total, rel=1e-10)
+    assert whole.flatten().tolist() == pytest.approx(sum(logits, []), rel=1e-9, abs=1e-9)
+    last, loss = model(idx)
+    assert loss is None and torch.equal(last[:, 0], model.logits(model.hidden(idx)[:, -1]))
 
     e = model.explain(idx, targets)
-    for n, (ids, gates, _, r) in enumerate(head):
-        b, t = divmod(n, 7)
-        assert e.prototypes[b, t].tolist() == ids
+    for n, (ids, gates, r) in enumerate(head):
+        at = divmod(n, 7)
         wy = W[ys[n]]
-        slices = [a * sum(x * y for x, y in zip(wy, model.prototypes[i].tolist())) for a, i in zip(gates, ids)]
-        assert e.contributions[b, t].tolist() == pytest.approx(slices, abs=1e-10)
-        assert e.residual[b, t].item() == pytest.approx(sum(x * y for x, y in zip(wy, r)), abs=1e-10)
-        assert e.logit[b, t].item() == pytest.approx(logits[n][ys[n]], abs=1e-10)
+        slices = [a * dot(wy, ps[i]) for a, i in zip(gates, ids)]
+        assert e.prototypes[at].tolist() == ids
+        assert e.gates[at].tolist() == pytest.approx(gates, abs=1e-10)
+        assert e.contributions[at].tolist() == pytest.approx(slices, abs=1e-10)
+        assert e.residual[at].item() == pytest.approx(dot(wy, r), abs=1e-10)
+        assert e.logit[at].item() == pytest.approx(logits[n][ys[n]], abs=1e-10)
+
+
+def test_targets_of_minus_one_count_nothing():
+    model, idx, targets = tiny(), tokens(2, 8), tokens(2, 8, seed=2)
+    targets[0, 3:] = -1
+    logits = model(idx, targets)[0].flatten(0, 1)
+    want = F.cross_entropy(logits, targets.flatten(), ignore_index=-1)  # the mean of eleven
+    ce, *others = model(idx, targets, return_terms=True)[1]
+    torch.testing.assert_close(ce, want.detach())
+    assert others == [*model(idx, idx, return_terms=True)[1][1:]]  # of all tokens
 
 
 def test_training_takes_the_heads_losses_on_the_first_windows_only():
-    model = tiny(head_share=0.5)
-    idx = torch.randint(11, (5, 8))
-    want_ce, rest = model(idx, idx, return_terms=True)[2][0], model(idx[:3], idx[:3], return_terms=True)[2][1:]
-    got = model.train()(idx, idx, return_terms=True)[2]
-    torch.testing.assert_close(got, torch.cat((want_ce[None], rest)))
+    model, idx = tiny(head_share=0.5), tokens(5, 8)
+    ce = model(idx, idx, return_terms=True)[1][:1]
+    rest = model(idx[:3], idx[:3], return_terms=True)[1][1:]
+    got = model.train()(idx, idx, return_terms=True)[1]
+    torch.testing.assert_close(got, torch.cat((ce, rest)))
 
 
 def test_two_prototypes_by_hand():
     z = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     P = torch.tensor([[2.0, 0.0], [0.0, 5.0]], dtype=torch.float64)
-    m = prototype_head(z, P, 2)  # cosines 3/5 and 4/5
-    assert m.ids.tolist() == [[1, 0]] and m.gates.tolist() == [[0.8, 0.6]]
-    torch.testing.assert_close(m.reconstruction, torch.tensor([[1.2, 4.0]], dtype=torch.float64))
-    torch.testing.assert_close(m.residual, torch.tensor([[1.8, 0.0]], dtype=torch.float64))
-    m = prototype_head(-z, P, 2)  # both cosines are negative: every gate is shut
+    m = prototype_head(z, P, 2)                                   # cosines 3/5 and 4/5
+    assert m.ids.tolist() == [[1, 0]]
+    assert m.gates[0].tolist() == pytest.approx([0.8, 0.6])
+    assert m.reconstruction[0].tolist() == pytest.approx([1.2, 4.0])
+    assert m.residual[0].tolist() == pytest.approx([1.8, 0.0])
+    assert m.nearest_token.tolist() == pytest.approx([0.6, 0.8])
+    assert m.nearest_proto.tolist() == pytest.approx([0.8])
+    m = prototype_head(z, P, 1)                                   # only the nearer one
+    assert m.ids.tolist() == [[1]] and m.residual[0].tolist() == pytest.approx([3.0, 0.0])
+    m = prototype_head(-z, P, 2)                                  # both cosines are negative
     assert m.gates.abs().sum() == 0 and torch.equal(m.residual, -z)
 
 
-# ----------------------------------------------------------------------------- gradients
+# -- gradients
 
-def test_gradients_of_every_term():
-    g = torch.Generator().manual_seed(2)
-    z, P, W = (torch.randn(n, 4, dtype=torch.float64, generator=g).requires_grad_() for n in (6, 5, 7))
-    y = torch.tensor([1, 0, -1, 6, 3, 3])  # -1 is ignored
-    assert gradcheck(lambda z, P: prototype_head(z, P, 3).residual.square().sum(-1).mean(), (z, P))
-    assert gradcheck(lambda z, P: 1 - prototype_head(z, P, 3).nearest_proto.mean(), (z, P))
-    assert gradcheck(lambda z, P: 1 - prototype_head(z, P, 3).nearest_token.mean(), (z, P))
-    assert gradcheck(lambda z, P: TopSimilarity.apply(z, P, 3)[0], (z, P))
-    assert gradcheck(lambda z, W: LinearCrossEntropy.apply(z, W, y), (z, W))
+def test_gradients_of_each_term():
+    z, P, W = randn(6, 4).requires_grad_(), randn(5, 4).requires_grad_(), randn(7, 4, seed=3)
+    y = torch.tensor([1, 0, -1, 6, 3, 3])                         # -1 is ignored
+    assert gradcheck(lambda z, P: prototype_head(z, P, 3).residual.square().sum(), (z, P))
+    assert gradcheck(lambda z, P: prototype_head(z, P, 3).nearest_proto.mean(), (z, P))
+    assert gradcheck(lambda z, P: prototype_head(z, P, 3).nearest_token.mean(), (z, P))
+    assert gradcheck(lambda z, W: LinearCrossEntropy.apply(z, W, y), (z, W.requires_grad_()))
 
 
-def test_chunked_cross_entropy_is_cross_entropy():
-    g = torch.Generator().manual_seed(3)
-    z, W = torch.randn(150, 8, generator=g, dtype=torch.float64, requires_grad=True), torch.randn(2 ** 14, 8, generator=g, dtype=torch.float64)
-    W.requires_grad_()
-    y = torch.randint(-1, 2 ** 14, (150,), generator=g)  # chunks of 64: two full, one not
+@pytest.mark.parametrize("least", [0, -1])
+def test_linear_cross_entropy_is_cross_entropy(least):
+    """In float64 to rounding; in bfloat16 like the product in bfloat16, in three chunks of it."""
+    V = 2 ** 14                                                   # 64 rows in a chunk
+    z, W = randn(150, 8).requires_grad_(), randn(V, 8, seed=2).requires_grad_()
+    y = torch.randint(least, V, (150,), generator=torch.Generator().manual_seed(3))
+    y[:2] = least
     got = LinearCrossEntropy.apply(z, W, y)
     want = F.cross_entropy(z @ W.T, y, ignore_index=-1, reduction="sum")
     torch.testing.assert_close(got, want)
-    for a, b in zip(torch.autograd.grad(2 * got, (z, W)), torch.autograd.grad(2 * want, (z, W))):
+    gradients = torch.autograd.grad(2 * want, (z, W))
+    for a, b in zip(torch.autograd.grad(2 * got, (z, W)), gradients):
         torch.testing.assert_close(a, b)
+    z, W = z.detach().float().requires_grad_(), W.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = LinearCrossEntropy.apply(z, W, y)
+        plain = F.cross_entropy((z @ W.T).float(), y, ignore_index=-1, reduction="sum")
+    assert low.dtype is torch.float32
+    assert low.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert low.item() == pytest.approx(want.item(), rel=5e-3)
+    for a, b in zip(torch.autograd.grad(2 * low, (z, W)), gradients):
+        assert a.dtype is torch.float32
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_prototypes_get_no_cross_entropy_gradient_and_every_parameter_gets_some():
-    model = tiny().train()
-    idx = torch.randint(11, (3, 8))
-    model(idx, idx, return_terms=True)[1].backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+def test_prototypes_get_no_cross_entropy_gradient_and_each_parameter_gets_some():
+    model, idx = tiny().train(), tokens(3, 8)
+    model(idx, idx, return_terms=True)[0].backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     model = tiny(lambda_rec=0.0, lambda_t2p=0.0, lambda_p2t=0.0).train()
-    model(idx, idx)[1].backward()
-    assert model.prototypes.grad.abs().max() == 0
+    for terms in (True, False):
+        loss = model(idx, idx, return_terms=terms)[0 if terms else 1]
+        loss.backward()
+        assert model.prototypes.grad.abs().max() == 0
+        assert model.W.grad.abs().max() > 0
 
 
-def test_training_never_holds_a_tokens_by_k_by_d_tensor():
-    model = tiny(torch.float32, n_embd=64, n_proto=100, top_k=16, vocab_size=300, head_share=1.0).train()
-    idx, seen = torch.randint(300, (4, 8)), []  # N = 32
+def test_training_never_holds_a_tensor_of_tokens_by_k_by_d_nor_whole_logits():
+    shape = dict(n_embd=64, n_proto=100, top_k=16, vocab_size=20_000, block_size=64)
+    model = tiny(torch.float32, head_share=1.0, **shape).train()
+    idx, sizes = tokens(4, 64, vocab=20_000), []                  # N = 256, chunks of 64
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    sizes.append(tuple(t.shape))
             return out
     with Watch():
-        model(idx, idx, return_terms=True)[1].backward()
-    assert 300 * 64 <= max(seen) < 32 * 16 * 64  # W's gradient was seen, no (N, k, d) was
+        model(idx, idx, return_terms=True)[0].backward()
+    assert (20_000, 64) in sizes and (64, 20_000) in sizes        # W's gradient, a chunk of logits
+    assert not {s for s in sizes if len(s) == 3 and s[1:] == (16, 64)}
+    assert max(math.prod(s) for s in sizes) <= 64 * 20_000
 
 
 def test_gradient_of_the_loss_equals_plain_autograd():
-    """The whole training loss written with ordinary operations; the denominator of rec is held fixed."""
-    model = tiny(head_share=1.0).train()
-    idx = torch.randint(11, (3, 8), generator=torch.Generator().manual_seed(4))
-    params, c = dict(model.named_parameters()), model.config
-    got = torch.autograd.grad(model(idx, idx, return_terms=True)[1], list(params.values()))
-    z, P = model.hidden(idx).flatten(0, 1), model.prototypes
+    """The training loss in ordinary operations; the denominator of rec is held fixed."""
+    model, idx = tiny(head_share=1.0).train(), tokens(3, 8)
+    params, c, P = dict(model.named_parameters()), model.config, model.prototypes
+    got = torch.autograd.grad(model(idx, idx, return_terms=True)[0], list(params.values()))
+    z = model.hidden(idx).flatten(0, 1)
     s = F.normalize(z, dim=-1) @ F.normalize(P, dim=-1).T
     top = s.topk(c.top_k)
     gates = torch.zeros_like(s).scatter(1, top.indices, top.values.relu())
-    loss = F.cross_entropy(z @ model.transformer.wte.weight.T, idx.flatten()) + c.lambda_t2p * (1 - s.max(1).values.mean()) \
-        + c.lambda_p2t * (1 - s.max(0).values.mean()) + c.lambda_rec * (z - gates @ P).square().sum() / z.detach().square().sum()
+    rec = (z - gates @ P).square().sum() / z.detach().square().sum()
+    loss = F.cross_entropy(z @ model.W.T, idx.flatten()) + c.lambda_rec * rec
+    loss = loss + c.lambda_t2p * (1 - s.max(1).values.mean())
+    loss = loss + c.lambda_p2t * (1 - s.max(0).values.mean())
     for name, a, b in zip(params, got, torch.autograd.grad(loss, list(params.values()))):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_second_derivatives_are_refused():
-    z, P, W = (torch.randn(n, 4, requires_grad=True) for n in (6, 5, 7))
-    for out in (TopSimilarity.apply(z, P, 2)[0].sum(), LinearCrossEntropy.apply(z, W, torch.tensor([0, 1, 2, 3, 4, 5]))):
-        first, = torch.autograd.grad(out, z, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
-            first.sum().backward()
+    z, W = randn(6, 4).requires_grad_(), randn(7, 4).requires_grad_()
+    loss = LinearCrossEntropy.apply(z, W, torch.arange(6))
+    first, = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        first.sum().backward()
 
 
-# ----------------------------------------------------------------------------- promises
+# -- promises
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_slices_add_up_to_the_logit(dtype, tolerance):
     for seed in range(5):
         model = tiny(dtype, seed, n_embd=32, n_proto=40, top_k=8, vocab_size=50)
-        idx = torch.randint(50, (3, 8))
-        gains = torch.rand(40, dtype=dtype) * 3
-        for g in (None, gains):
-            for centered in (False, True):
-                e = model.explain(idx, gains=g, centered=centered)
-                scale = e.logit.abs().max()
-                assert (e.contributions.sum(-1) + e.residual - e.logit).abs().max() <= tolerance * scale
-                assert (e.gates >= 0).all() and (e.gates[..., :-1] >= e.gates[..., 1:]).all()
-        logits = F.linear(model.hidden(idx), model.transformer.wte.weight)
-        e = model.explain(idx)
-        assert torch.equal(e.targets, logits.argmax(-1))
-        e = model.explain(idx, centered=True)
-        torch.testing.assert_close(e.logit, logits.max(-1).values - logits.mean(-1))
+        idx = tokens(3, 8, vocab=50, seed=seed)
+        for gains in (None, torch.rand(40) * 3):
+            e = model.explain(idx, gains=gains)
+            error = (e.contributions.sum(-1) + e.residual - e.logit).abs().max()
+            assert error <= tolerance * e.logit.abs().max()
+            logits = model.logits(model.hidden(idx), gains)
+            assert torch.equal(e.targets, logits.argmax(-1))
+            torch.testing.assert_close(e.logit, logits.max(-1).values)
+            assert (e.gates >= 0).all() and (e.gates[..., :-1] >= e.gates[..., 1:]).all()
+
+
+def test_gates_are_those_of_the_k_most_similar_and_never_negative():
+    model = tiny(n_embd=32, n_proto=40, top_k=8)
+    z = model.hidden(tokens(3, 8)).flatten(0, 1)
+    s = F.normalize(z, dim=1) @ F.normalize(model.prototypes, dim=1).T
+    m = model.mixture(z)
+    dense = torch.zeros_like(s).scatter(1, m.ids, m.gates)
+    assert m.ids.shape == (24, 8) and all(len(set(row)) == 8 for row in m.ids.tolist())
+    kept = s >= s.sort(1, descending=True).values[:, 7:8]
+    torch.testing.assert_close(dense, s.relu() * kept)
+    torch.testing.assert_close(m.reconstruction, dense @ model.prototypes)
 
 
 def test_gains():
-    model = tiny(n_proto=9, top_k=4)
-    idx = torch.randint(11, (2, 8))
-    plain = model(idx, idx)[0]
-    assert torch.equal(model(idx, idx, gains=torch.ones(9))[0], plain)  # bit for bit
-    off = torch.ones(9)
-    off[[0, 3, 5]] = 0
+    model, idx = tiny(n_proto=9, top_k=4), tokens(2, 8)
+    plain, loss = model(idx, idx)
+    ones, loss_of_ones = model(idx, idx, gains=torch.ones(9))
+    assert torch.equal(ones, plain) and loss == loss_of_ones      # bit for bit
+    gains = torch.ones(9)
+    gains[[0, 3, 5]] = torch.tensor([0.0, -2.0, 1.5])
     e = model.explain(idx, idx)
-    removed = (e.contributions * (off[e.prototypes] == 0)).sum(-1)
-    torch.testing.assert_close(model(idx, idx, gains=off)[0].gather(-1, idx[..., None])[..., 0], e.logit - removed)
-    assert removed.abs().max() > 0
-    with pytest.raises(UserError, match=r"expected \(n_proto,\) = \(9,\)"):
-        model(idx, gains=torch.ones(8))
-    with pytest.raises(UserError, match="dense model"):
-        tiny(n_proto=0)(idx, gains=torch.ones(9))
+    change = ((gains[e.prototypes] - 1) * e.contributions).sum(-1)
+    assert change.abs().max() > 0.01
+    logits, loss = model(idx, idx, gains=gains)
+    torch.testing.assert_close(logits.gather(-1, idx[..., None])[..., 0], e.logit + change)
+    torch.testing.assert_close(model(idx, gains=gains)[0][:, 0], logits[:, -1])
+    ce = model(idx, idx, gains=gains, return_terms=True)[1][0]
+    torch.testing.assert_close(ce, F.cross_entropy(logits.flatten(0, 1), idx.flatten()))
+    assert loss != loss_of_ones
+    for other in (model, tiny(n_proto=0)):
+        with pytest.raises(UserError, match=r"\(8,\) gains, but n_proto = "):
+            other(idx, gains=torch.ones(8))
 
 
-def test_dense_twin_is_the_same_trunk():
+def test_dense_twin_starts_from_the_same_trunk():
     shape = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=6, top_k=2)
-    torch.manual_seed(7)
-    a = PRISM(PRISMConfig(n_proto=5, **shape))
-    torch.manual_seed(7)
-    b = PRISM(PRISMConfig(n_proto=0, **shape))
+    models = []
+    for n_proto in (5, 0):
+        torch.manual_seed(7)
+        models.append(PRISM(PRISMConfig(n_proto=n_proto, **shape)))
+    a, b = models
     assert set(a.state_dict()) - set(b.state_dict()) == {"prototypes"}
     assert all(torch.equal(a.state_dict()[k], v) for k, v in b.state_dict().items())
-    idx = torch.randint(11, (2, 8))
-    assert torch.equal(a(idx, idx)[0], b(idx, idx)[0])
-    e = b.explain(idx)
-    assert e.prototypes.shape == (2, 8, 0)
-    torch.testing.assert_close(e.residual, e.logit)
+    idx = tokens(2, 8)
+    logits, loss = b(idx, idx)
+    assert torch.equal(a(idx, idx)[0], logits)
+    assert a(idx, idx, return_terms=True)[1][0] == loss           # the twin's loss is ce alone
+    assert b(idx, idx, return_terms=True)[1].tolist() == [loss.item(), 0, 0, 0]
 
 
 def test_causality_and_batch_order():
-    model = tiny()
-    idx = torch.randint(11, (4, 8))
+    model, idx = tiny(), tokens(4, 8)
     logits = model(idx, idx)[0]
     later = idx.clone()
     later[:, 5:] = (later[:, 5:] + 1) % 11
@@ -264,246 +323,132 @@ def test_causality_and_batch_order():
     torch.testing.assert_close(model(idx[order], idx[order])[0], logits[order])
 
 
-def test_names_are_gpt2s():
-    names = set(tiny().state_dict())
-    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.bias", "prototypes"} <= names
-    assert {f"transformer.h.1.{n}.{s}" for n in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-            for s in ("weight", "bias")} <= names
+def test_initial_weights():
+    torch.manual_seed(0)
+    c = PRISMConfig(vocab_size=500, n_layer=2, n_head=2, n_embd=64, n_proto=300, top_k=4)
+    model = PRISM(c)
+    stds = {n: p.std().item() for n, p in model.named_parameters() if p.dim() == 2}
+    assert stds.pop("prototypes") == pytest.approx(0.5, rel=0.03)  # 1 / sqrt(top_k)
+    for name, std in stds.items():
+        want = 0.01 if name.endswith("c_proj.weight") else 0.02   # 0.02 / sqrt(2 n_layer)
+        assert std == pytest.approx(want, rel=0.05), name
 
 
-# ----------------------------------------------------------------------------- generation
-
-def test_generation_with_and_without_cache_agree_past_the_context():
-    model = tiny()
-    idx = torch.randint(11, (3, 4))
-    gains = torch.rand(5) * 2
-    for kw in (dict(temperature=0), dict(temperature=0.9, top_k=6, top_p=0.9), dict(gains=gains)):
-        a = model.generate(idx, 20, seed=5, **kw)
-        b = model.generate(idx, 20, seed=5, use_cache=False, **kw)
-        assert a.shape == (3, 24) and torch.equal(a, b) and torch.equal(a[:, :4], idx)
-    assert not torch.equal(model.generate(idx, 20, seed=5), model.generate(idx, 20, seed=6))
-
-
-def test_greedy_picks_the_largest_logit_and_stop_stops():
-    model = tiny()
-    idx = torch.tensor([[1, 2, 3]])
-    want = idx
-    for _ in range(4):
-        want = torch.cat((want, model(want)[0][:, -1].argmax(-1, keepdim=True)), 1)
-    got = model.generate(idx, 4, temperature=0)
-    assert torch.equal(got, want)
-    assert torch.equal(model.generate(idx, 4, temperature=0, stop=int(want[0, 4])), want[:, :want[0, 3:].tolist().index(int(want[0, 4])) + 4])
-
-
-def test_top_k_and_top_p_limit_what_is_drawn():
-    model = tiny()
-    idx = torch.tensor([[1, 2, 3]]).expand(400, 3)
-    probs = model(idx[:1])[0][0, -1].softmax(-1)
-    order = probs.argsort(descending=True)
-    assert set(model.generate(idx, 1, top_k=3, seed=1)[:, -1].tolist()) == set(order[:3].tolist())
-    p = probs[order[:2]].sum().item() + 1e-6  # the third token crosses it
-    assert set(model.generate(idx, 1, top_p=p, seed=1)[:, -1].tolist()) == set(order[:3].tolist())
-    drawn = model.generate(idx, 1, seed=1)[:, -1].bincount(minlength=11) / 400
-    assert (drawn - probs).abs().max() < 0.1
-
-
-def test_tokens_beyond_the_tokenizer_are_never_drawn():
-    model = tiny()
-    assert model.generate(torch.zeros(200, 1, dtype=torch.long), 3, temperature=5.0, seed=1, n_vocab=4).max() == 3
-
-
-def test_generation_refuses_bad_input():
-    model = tiny()
-    with pytest.raises(UserError, match="the prompt has 9 tokens, expected 1 to block_size = 8"):
-        model.generate(torch.zeros(1, 9, dtype=torch.long), 1)
-    with pytest.raises(UserError, match="the prompt has 0 tokens"):
-        model.generate(torch.zeros(1, 0, dtype=torch.long), 1)
-    with pytest.raises(UserError, match="top_p=2"):
-        model.generate(torch.zeros(1, 1, dtype=torch.long), 1, top_p=2)
-    with pytest.raises(UserError, match="9 tokens given"):
-        model.explain(torch.zeros(1, 9, dtype=torch.long))
-
-
-# ----------------------------------------------------------------------------- GPT-2's weights
-
-def gpt2_state(model):
-    """model's trunk as GPT-2 stores it: Conv1D (in, out) matrices, masks, a second name for W."""
-    state = {k: v.T.contiguous() if k.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else v
-             for k, v in model.state_dict().items() if k != "prototypes"}
-    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
-    return state | {"lm_head.weight": state["transformer.wte.weight"]}
-
-
-def test_from_pretrained(tmp_path):
-    source = tiny(torch.float32)
-    idx = torch.randint(11, (4, 8))
-    torch.save(gpt2_state(source), tmp_path / "gpt2.pt")
-    bare = {k.removeprefix("transformer."): v for k, v in gpt2_state(source).items()}
-    for given in (gpt2_state(source), str(tmp_path / "gpt2.pt"), bare):
-        model = PRISM.from_pretrained(given, tokens=idx, n_head=2, n_proto=7, top_k=3).eval()
-        torch.testing.assert_close(model(idx, idx)[0], source(idx, idx)[0])
-    z = model.hidden(idx).flatten(0, 1)
-    cosine = F.normalize(model.prototypes, dim=-1) @ F.normalize(z, dim=-1).T
-    torch.testing.assert_close(cosine.max(1).values, torch.ones(7))  # each prototype points at a real token state
-    residual = model.mixture(z).residual.square().sum()
-    for scale in (0.9, 1.1):
-        other = z - scale * model.mixture(z).reconstruction
-        assert other.square().sum() > residual  # at the best common length
-    with pytest.raises(UserError, match="no GPT-2 weights"):
-        PRISM.from_pretrained({"a": torch.ones(2)})
-
-
-def test_from_pretrained_by_name_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match="pip install transformers"):
-        PRISM.from_pretrained("gpt2")
-
-
-# ----------------------------------------------------------------------------- files from others
-
-def save_run(folder, model):
-    folder.mkdir(exist_ok=True)
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), step=1), folder / "ckpt.pt")
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("this must never run",)
-
-
-def test_checkpoints_of_others_are_refused_and_never_run(tmp_path, capsys):
-    model = tiny(torch.float32)
-    save_run(tmp_path, model)
-    path = tmp_path / "ckpt.pt"
-    again, ckpt = prism.load_checkpoint(tmp_path)
-    assert ckpt["step"] == 1 and all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-    whole = path.read_bytes()
-    cases = [(whole[:len(whole) // 2], "damaged"), (b"", "damaged"), (b"hello", "damaged"), (pickle.dumps(Evil()), "refused")]
-    torch.save({"model": Evil(), "config": {}}, path)
-    cases.append((path.read_bytes(), "refused"))
-    for content, message in cases:
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            prism.load_checkpoint(tmp_path)
-    for content, message in (([1, 2], "no PRISM checkpoint"), ({"model": {}}, "no PRISM checkpoint"),
-                             ({"model": {}, "config": {"n_layers": 2}}, "no PRISM checkpoint"),
-                             ({"model": {}, "config": asdict(model.config)}, "do not fit"), (torch.ones(3), "no PRISM checkpoint"),
-                             ({"model": [1], "config": asdict(model.config)}, "no state dict"),
-                             ({"model": {"a": 1}, "config": asdict(model.config)}, "no state dict"),
-                             ({"model": {}, "config": asdict(model.config) | {"n_embd": 2 ** 62}}, "no PRISM checkpoint")):
-        torch.save(content, path)
-        with pytest.raises(UserError, match=message):
-            prism.load_checkpoint(tmp_path)
-    with pytest.raises(UserError, match="does not exist; train a model first"):
-        prism.load_checkpoint(tmp_path / "nowhere")
-    assert "never run" not in capsys.readouterr().out
-
-
-def test_gains_files(tmp_path):
-    model, path = tiny(torch.float32), tmp_path / "g.json"
-    good = dict(checkpoint=prism.fingerprint(model.state_dict()), ids=[1, 4], gains=[0.0, 2.5])
-    path.write_text(json.dumps(good))
-    assert prism.load_gains(path, model).tolist() == [1, 0, 1, 1, 2.5]
-    bad = [("{", "no gains file"), (json.dumps({"ids": []}), "no gains file"), (json.dumps(good | dict(checkpoint="ff")), "another checkpoint"),
-           (json.dumps(good | dict(ids=[1, 5])), "ids from 0 to 4"), (json.dumps(good | dict(gains=[1, math.nan])), "finite"),
-           (json.dumps(good | dict(gains=["0", "1"])), "no gains file"), (json.dumps(good | dict(ids=[1])), "as many"),
-           (json.dumps(good | dict(gains=[1, 1e300])), "finite"), (json.dumps(good | dict(gains=[1, 10 ** 400])), "no gains file"), ("[" * 10 ** 5, "no gains file")]
-    for text, message in bad:
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            prism.load_gains(path, model)
-
-
-def test_datasets_that_disagree_with_their_meta(tmp_path):
-    def fresh():
-        return write_dataset(tmp_path / "d", list(range(100)), list(range(50)))
-    train, val, meta = prism.load_dataset(fresh())
-    assert train.tolist() == list(range(100)) and len(val) == 50 and meta["vocab_size"] == 257
-    for break_it, message in (
-            (lambda d: (d / "train.bin").unlink(), "train.bin is missing"),
-            (lambda d: (d / "train.bin").write_bytes(b"12"), "train.bin is 2 bytes; meta.json promises 100 tokens of uint16, 200 bytes"),
-            (lambda d: (d / "val.bin").write_bytes(b"\0" * 100), "val.bin differs from the sha256"),
-            (lambda d: (d / "meta.json").unlink(), "meta.json is missing"),
-            (lambda d: (d / "meta.json").write_text("{"), "meta.json is damaged"),
-            (lambda d: (d / "meta.json").write_text('{"dtype": "float8"}'), "meta.json is damaged"),
-            (lambda d: (d / "train.bin").write_bytes(b""), "train.bin is 0 bytes")):
-        folder = fresh()
-        break_it(folder)
-        with pytest.raises(UserError, match=message):
-            prism.load_dataset(folder)
-    folder = fresh()
-    text = "é\r\n <|endoftext|> \U0001f600"
-    tokenizer = prism.load_tokenizer(folder)
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text and tokenizer.eot_token == 256
-    (folder / "tokenizer.tiktoken").write_text("YQ== 0\nYg== 0")
-    with pytest.raises(UserError, match="two tokens share a number"):
-        prism.load_tokenizer(folder)
-    (folder / "tokenizer.tiktoken").write_text("no rank file")
-    with pytest.raises(UserError, match="damaged"):
-        prism.load_tokenizer(folder)
-
-
-def test_windows_are_a_pure_function_and_do_not_overlap():
-    a, b = prism.window_starts(1000, 16, 3, 5), prism.window_starts(1000, 16, 3, 5)
-    assert a.tolist() == b.tolist() != prism.window_starts(1000, 16, 3, 6).tolist()
-    s = sorted(a.tolist())
-    assert len(s) == (1000 - 16) // 16 and all(y - x == 16 for x, y in zip(s, s[1:])) and s[0] < 16 and s[-1] + 17 <= 1000
-    for n in range(32, 70):  # the last target exists, whatever the offset
-        assert all(prism.window_starts(n, 16, 0, e).max() + 17 <= n for e in range(30))
-    with pytest.raises(UserError, match="do not fill two windows"):
-        prism.window_starts(31, 16, 0, 0)
-
-
-# ----------------------------------------------------------------------------- command lines
-
-def test_command_lines(tmp_path, capsys):
-    path = tmp_path / "a.toml"
-    path.write_text('prompt = "a"\ntemperature = 1\nseed = 3\n')
-    cfg = prism.parse_config(prism.SampleConfig, [str(path), "--prompt=x=y", "--seed=4"])
-    assert (cfg.prompt, cfg.temperature, cfg.seed) == ("x=y", 1.0, 4) and type(cfg.temperature) is float
-    for words, message in ((["--temprature=1"], "unknown option 'temprature'; the nearest is 'temperature'"), (["--seed=x"], "seed takes int, found 'x'"),
-                           (["--seed"], "has no value"), (["nowhere.toml"], "neither an option"), (["--seed=1.5"], "seed takes int"),
-                           (["--sed"], "the nearest is 'seed'")):
-        with pytest.raises(UserError, match=message):
-            prism.parse_config(prism.SampleConfig, words)
-    path.write_text("seed = 'x'")
-    with pytest.raises(UserError, match="seed takes int, found 'x'"):
-        prism.parse_config(prism.SampleConfig, [str(path)])
-    path.write_text("seed == 1")
-    with pytest.raises(UserError, match="no TOML"):
-        prism.parse_config(prism.SampleConfig, [str(path)])
-    with pytest.raises(SystemExit):
-        prism.parse_config(prism.SampleConfig, ["--help"])
-    assert "0 is greedy" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kw,message", [(dict(top_k=6), r"top_k is 6, expected 1 to n_proto \(5\)"), (dict(n_head=4), "does not divide"),
-                                        (dict(vocab_size=0), "vocab_size is 0"), (dict(dropout=1.0), "dropout is 1.0"), (dict(head_share=0.0), "head_share is 0.0")])
+@pytest.mark.parametrize("kw,message", [
+    (dict(top_k=6), "top_k is 6, expected 1 to n_proto 5"),
+    (dict(n_head=4), "n_embd is 6, expected a multiple of n_head 4"),
+    (dict(vocab_size=0), "vocab_size is 0"), (dict(n_layer=-1), "n_layer is -1"),
+    (dict(dropout=1.0), "dropout < 1"), (dict(head_share=0.0), "0 < head_share")])
 def test_configurations_that_do_not_fit(kw, message):
     with pytest.raises(UserError, match=message):
         tiny(**kw)
 
 
-def test_sampling_from_a_run(tmp_path, dataset, capsys):
-    save_run(tmp_path, tiny(torch.float32, vocab_size=257, block_size=16))
-    for name in ("tokenizer.tiktoken", "tokenizer.json"):
-        (tmp_path / name).write_bytes((dataset / name).read_bytes())
-    words = [f"--out_dir={tmp_path}", "--prompt=the cat", "--max_new_tokens=5", "--device=cpu"]
-    prism.main(words)
-    first = capsys.readouterr().out
-    prism.main(words)
-    assert first == capsys.readouterr().out and first.startswith("the cat")
-    with pytest.raises(UserError, match="the prompt is empty"):
-        prism.main(words + ["--prompt="])
-    with pytest.raises(UserError, match="the prompt has 20 tokens, expected 1 to block_size = 16"):
-        prism.main(words + ["--prompt=" + "x" * 20])
-    with pytest.raises(UserError, match="cannot be used here"):
-        prism.main(words + ["--device=cuda:99"])
+# -- generation
+
+def plain_generate(model, idx, n, seed, temperature=1.0, top_k=None, gains=None):
+    """Full passes over the kept context; a full one keeps its newer half."""
+    rng, start, T = torch.Generator().manual_seed(seed), 0, model.config.block_size
+    for _ in range(n):
+        if idx.size(1) - start > T:
+            start = idx.size(1) - T // 2
+        logits = model(idx[:, start:], gains=gains)[0][:, 0].detach().float()
+        order = logits.argsort(-1, descending=True)
+        if top_k:
+            logits.scatter_(1, order[:, top_k:], -math.inf)
+        new = order[:, :1]
+        if temperature:
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=rng)
+        idx = torch.cat((idx, new), 1)
+    return idx
 
 
-@pytest.mark.parametrize("body, status", [("pass", 0), ("raise prism.UserError('no')", 2), ("raise KeyboardInterrupt", 130), ("sys.exit(143)", 143)])
-def test_a_rank_leaves_without_shutting_the_interpreter_down(body, status):
-    """Threads of gloo that outlive the group abort the process when the interpreter goes first; a rank says all that it has to say, then goes."""
-    code = f"import atexit, sys, prism\natexit.register(print, 'shut down')\ndef main(argv):\n    print('said')\n    {body}\nprism.run_main(main)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(prism.__file__).parent, env=os.environ | {"RANK": "0"}, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (status, "said\n", "error: no\n" if status == 2 else "")
+@pytest.mark.parametrize("prompt", [1, 4, 8, 13])
+def test_cached_generation_equals_full_passes_past_the_context(prompt):
+    model, idx = tiny(), tokens(3, prompt)
+    for kw in (dict(temperature=0), dict(temperature=0.9, top_k=6), dict(gains=torch.rand(5) * 2)):
+        got = model.generate(idx, 20, seed=5, **kw)
+        assert got.shape == (3, prompt + 20)
+        assert torch.equal(got, plain_generate(model, idx, 20, 5, **kw))
+    assert not torch.equal(model.generate(idx, 20, seed=5), model.generate(idx, 20, seed=6))
+
+
+def test_one_greedy_string():
+    model, letters = tiny(seed=3), "abcdefghijk"
+    idx = torch.tensor([[letters.index(c) for c in "abc"]])
+    for options in (dict(temperature=0), dict(top_k=1)):
+        got = model.generate(idx, 20, **options)[0]
+        assert "".join(letters[t] for t in got) == "abcfhjekkchhcchjekkchhc"
+
+
+def test_what_top_k_and_n_vocab_allow():
+    model, idx = tiny(), torch.tensor([[1, 2, 3]]).expand(400, 3)
+    probs = model(idx[:1])[0][0, -1].softmax(-1)
+    likeliest = probs.argsort(descending=True)[:3].tolist()
+    assert set(model.generate(idx, 1, top_k=3, seed=1)[:, -1].tolist()) == set(likeliest)
+    drawn = model.generate(idx, 1, seed=1)[:, -1].bincount(minlength=11) / 400
+    assert (drawn - probs).abs().max() < 0.1
+    assert model.generate(idx, 3, temperature=5.0, n_vocab=4)[:, 3:].max() == 3
+
+
+def test_a_context_that_is_too_long_is_refused():
+    for call in (tiny().hidden, tiny().explain, tiny()):
+        with pytest.raises(UserError, match="9 tokens, more than block_size = 8"):
+            call(tokens(1, 9))
+
+
+# -- GPT-2's weights, prototypes for a trained trunk
+
+def gpt2_state(d=6, n_layer=2, V=11, T=8):
+    """Random weights under GPT-2's names, matrices (in, out), with the masks that it stores."""
+    shapes = {"wte.weight": (V, d), "wpe.weight": (T, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
+    for i in range(n_layer):
+        for name, n_in, n_out in (("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d),
+                                  ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)):
+            shapes[f"h.{i}.{name}.weight"] = n_in, n_out
+            shapes[f"h.{i}.{name}.bias"] = n_out,
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{name}.weight": (d,), f"h.{i}.{name}.bias": (d,)}
+    state = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        state[name] = 0.5 * randn(*shape, seed=seed, dtype=torch.float32)
+    state["h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()
+    return state
+
+
+def test_gpt2_weights_give_gpt2s_hidden_states():
+    bare, idx = gpt2_state(), tokens(2, 8)
+    named = {f"transformer.{k}": v for k, v in bare.items()} | {"lm_head.weight": bare["wte.weight"]}
+    by_output = {}
+    for name, w in bare.items():
+        matrix = name.startswith("h.") and w.dim() == 2
+        by_output[name] = w.T if matrix else w
+    for state in (bare, named):
+        model = PRISM.from_pretrained(state, n_head=2, n_proto=7, top_k=3).double().eval()
+        c = model.config
+        assert (c.block_size, c.vocab_size, c.n_layer, c.n_embd, c.bias) == (8, 11, 2, 6, True)
+        want = [ref_hidden(by_output, c, row) for row in idx.tolist()]
+        want = torch.tensor(want, dtype=torch.float64)
+        torch.testing.assert_close(model.hidden(idx), want, rtol=1e-9, atol=1e-9)
+        assert model.prototypes.shape == (7, 6)
+    no_bias = {name: w for name, w in bare.items() if not name.endswith("bias")}
+    assert PRISM.from_pretrained(no_bias, n_proto=0).config.bias is False
+
+
+@pytest.mark.parametrize("n_proto", [7, 20])
+def test_prototypes_start_as_token_states_of_the_best_length(n_proto):
+    model, idx = tiny(n_proto=n_proto, top_k=3).train(), torch.arange(8).repeat(2, 1)
+    idx[1] += 3
+    torch.manual_seed(0)
+    model.start_prototypes(idx)
+    assert model.training
+    z = model.eval().hidden(idx).flatten(0, 1)                    # 16 states
+    near = (F.normalize(model.prototypes, dim=1) @ F.normalize(z, dim=1).T).max(1)
+    torch.testing.assert_close(near.values, torch.ones(n_proto, dtype=torch.float64))
+    assert len(set(near.indices.tolist())) == min(n_proto, 16)    # none twice while they last
+    norms = model.prototypes.norm(dim=1) / z[near.indices].norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand(n_proto))
+    m = model.mixture(z)
+    for scale in (0.99, 1.01):
+        other = z - scale * m.reconstruction
+        assert other.square().sum() > m.residual.square().sum()
