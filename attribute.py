@@ -134,22 +134,22 @@ def curvature_product(W, r, v):
 def conjugate_gradients(product, b, precondition, tol=1e-3, max_iters=100):
     """Solves product(x) = b[q] for each q; b (Q, M, d) -> x, largest relative residual, steps."""
     def dot(u, v):
-        return (u * v).flatten(1).sum(1)[:, None, None].clamp(min=1e-30)
+        return (u * v).flatten(1).sum(1)[:, None, None]
     x = torch.zeros_like(b)
     r = b
     p = z = precondition(r)
     rz = dot(r, z)
     for step in range(1, max_iters + 1):
         Hp = product(p)
-        alpha = rz / dot(p, Hp)
+        alpha = rz / (dot(p, Hp) + 1e-30)
         x = x + alpha * p
         r = r - alpha * Hp
-        residual = (dot(r, r) / dot(b, b)).max().sqrt().item()
+        residual = (dot(r, r) / (dot(b, b) + 1e-30)).max().sqrt().item()
         if residual < tol:
             break
         z = precondition(r)
         old, rz = rz, dot(r, z)
-        p = z + rz / old * p
+        p = z + rz / (old + 1e-30) * p
     return x, residual, step
 
 
@@ -218,7 +218,6 @@ def build_index(run, mu=0.0, max_windows=0):
 # --------------------------------------- (3) and (4): a query
 class Index:
     """The files of `layout`, memory-mapped; raises UserError if they are not of these weights."""
-
     def __init__(self, out_dir="out", device="auto"):
         self.run = run = Run(out_dir, device)
         folder = run.out_dir / "attribution"
@@ -300,8 +299,7 @@ class Index:
     def query(self, prompt, target="", level="document", hessian="block", top=10,
               max_new_tokens=4):
         """Which training text made `target` (else: the greedy continuation) likely after `prompt`?
-        -> dict: target, its loss in nats, scores (units,) of all documents, sources or tokens, and
-        proponents and opponents, the largest and the smallest as lists of dicts."""
+        -> dict: target, its loss in nats, scores (units,), proponents and opponents."""
         run = self.run
         if level not in self.names:
             raise UserError(f"level={level}, expected token, document or source")
@@ -312,6 +310,8 @@ class Index:
             idx = torch.tensor([ids], device=run.device)
             idx = run.model.generate(idx, max_new_tokens, 0, n_vocab=run.tokenizer.n_vocab)
             ids = idx[0].tolist()
+        if len(ids) == n:
+            raise UserError("no token to explain; expected max_new_tokens of 1 or more")
         r = self.target_records(ids, n)
         x = self.solve(self.right_side(r)[None], hessian)
         scores = self.token_scores(x)[0]
@@ -353,7 +353,7 @@ class Index:
         tokenizer = self.run.tokenizer
         n = len(tokenizer.encode_ordinary(prompt))
         ids = tokenizer.encode_ordinary(prompt + target)
-        if not prompt or tokenizer.decode_bytes(ids[:n]) != prompt.encode():
+        if not prompt or tokenizer.decode_bytes(ids[:n]) != prompt.encode(errors="replace"):
             raise UserError("the prompt is empty, or a token spans its end and the target's start; "
                             "give for instance --prompt=\"The\" --target=\" cat\"")
         return ids, n
@@ -368,7 +368,7 @@ class Index:
 
 def index(argv):
     cfg = parse_config(IndexConfig, argv)
-    if min(cfg.mu, cfg.max_windows) < 0:
+    if not min(cfg.mu, cfg.max_windows) >= 0:
         raise UserError("mu and max_windows: expected 0 or more")
     build_index(Run(cfg.out_dir, cfg.device), cfg.mu, cfg.max_windows)
     print(f"next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")

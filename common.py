@@ -118,7 +118,7 @@ def reading(what, advice):
     except UserError:
         raise
     except Exception as e:  # a cut zip, a foreign format and a wrong type share no class
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:160]
+        why = plain(" ".join(f"{type(e).__name__}: {e}".split()))[:160]
         raise UserError(f"{what} cannot be used ({why}); {advice}") from None
 
 
@@ -161,7 +161,7 @@ def load_gains(path, model):
             distinct = len(set(ids) & set(range(M)))
             if not distinct == len(ids) == len(values) or not values.isfinite().all():
                 raise ValueError(f"expected finite gains and as many different ids below {M}")
-        product[torch.tensor(ids, dtype=torch.long)] *= values.to(product)
+            product[torch.tensor(ids, dtype=torch.long)] *= values.to(product)
     return product
 
 

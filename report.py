@@ -238,14 +238,14 @@ def interventions(run):
     for path in sorted((run.out_dir / "gains").glob("*.sweep.json")):
         with reading(path, "remove it, or write it anew: python suppress.py sweep"):
             sweep = json.loads(path.read_text("utf-8"))
-            if sweep["checkpoint"] != run.hash:
-                continue
-            plot = draw_sweep(path.with_name(path.name.replace(".sweep.json", ".png")), sweep)
-            found.append({"name": str(sweep["name"]),
-                          "behavior": f"{sweep['behavior']}: {sweep['summary']}",
-                          "before": [str(text) for text in sweep["before"]],
-                          "after": [str(text) for text in sweep["after"]],
-                          "plot": plot})
+            if sweep["checkpoint"] == run.hash:
+                name = path.name.removesuffix(".sweep.json")
+                effect = "rate {rate:.1%}, loss {loss_percent:+.2f}%".format(**sweep["rows"][-1])
+                found.append({"name": name,
+                              "behavior": f"{sweep['behavior']}: {effect}",
+                              "before": [f"{n} matches: {text}" for n, text in sweep["before"]],
+                              "after": [f"{n} matches: {text}" for n, text in sweep["after"]],
+                              "plot": draw_sweep(path.with_name(f"{name}.png"), sweep)})
     return found
 
 

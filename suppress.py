@@ -31,8 +31,6 @@ from prism import UserError, apply_gains, log_softmax_chunks
 
 SIZES, GAINS = (1, 2, 4, 8, 16, 32), (0.0, -1.0)         # of mode zero
 FITTED, LAMBDAS = (16, 64, 256), (0.1, 0.3, 1.0)         # of mode fit
-SAMPLES, SHOWN = 64, 4                                   # continuations of sweep
-COLUMNS = "mode", "size", "setting", "loss_percent", "rate", "control_loss_percent", "control_rate"
 
 
 @dataclass
@@ -43,7 +41,6 @@ class FindConfig:
     mode: str = "auto"        # zero, fit, or auto: the lowest rate of both
     price: float = 0.5        # largest rise of the loss in percent, on the tuning half
     tokens: int = 200000      # training tokens to learn from
-    top: int = 10             # prototypes shown
     seed: int = 1             # of the choice of text, and of fitting
     device: str = "auto"      # auto, cpu, cuda or mps
 
@@ -65,21 +62,18 @@ class SweepConfig:
     out_dir: str = "out"       # the run
     gains: str = ""            # a file that find wrote
     tokens: int = 200000       # training tokens to learn from
-    max_new_tokens: int = 100  # length of the sampled texts
     seed: int = 2              # of text, fitting, controls and sampling
     device: str = "auto"       # auto, cpu, cuda or mps
 
 
 # ------------------------------------------- a behavior in text
 def compile_pattern(behavior):
-    with reading(f"behavior={behavior}", "expected a regular expression; for plain text put a "
-                 "backslash before . * + ? ( ) [ ] { } ^ $ |"):
+    with reading(f"behavior={behavior}", "expected a regular expression, as --behavior='>>>'"):
         return re.compile(behavior)
 
 
 def token_bytes(tokenizer, vocab_size):
-    """The bytes of every token, a list. The end of a text is a zero byte, so that no word runs
-    over it; numbers that the tokenizer does not know are empty."""
+    """The bytes of each token, a list; a zero byte for the end of a text, which no word crosses."""
     pieces = [b""] * vocab_size
     for i in range(tokenizer.n_vocab):
         pieces[i] = tokenizer.decode_single_token_bytes(i)
@@ -89,10 +83,7 @@ def token_bytes(tokenizer, vocab_size):
 
 def marks(tokens, pattern, pieces):
     """tokens (N,) -> carried (N,), onset (N,): bools, whether a token overlaps a match of
-    `pattern` in the text, and whether it holds the first character of one.
-
-    Bytes that are no UTF-8 match only what excludes characters, as `.` and `[^a]` do.
-    """
+    `pattern` in the text, and whether it holds the first character of one."""
     raw = [pieces[t] for t in tokens]
     owner = np.repeat(np.arange(len(raw)), [len(b) for b in raw])  # token of each byte
     text = b"".join(raw).decode("utf-8", "surrogateescape")
@@ -154,7 +145,6 @@ def behavior_states(run, behavior, n_tokens, seed):
     if not train.onset.any():
         raise UserError(f"behavior={behavior} never occurs in {len(train.y):,} training tokens; "
                         "expected a pattern that does, as --behavior='>>>'; or raise --tokens")
-
     # w_v = onsets of token v / occurrences of v
     V = run.model.config.vocab_size
     count = torch.bincount(tokens, minlength=V)
@@ -162,6 +152,8 @@ def behavior_states(run, behavior, n_tokens, seed):
 
     val = mark_text(run, run.val[:2 ** 16], pattern)
     windows = torch.arange((len(val[0]) - 1) // run.T)
+    if len(windows) < 2:
+        raise UserError(f"{len(val[0])} held-out tokens, expected {2 * run.T + 1}: prepare more")
     tune = load_states(run, val, windows[0::2])
     test = load_states(run, val, windows[1::2])
     return w, train, tune, test
@@ -184,33 +176,31 @@ def measure(model, s, w, gains=None):
 def effect(s, before, after):
     """Two results of measure() -> rise of the loss of text without the behavior, in percent; the
     rate after, as a share of before."""
-    loss_before = before[0, s.free].sum()
-    loss_after = after[0, s.free].sum()
+    loss = after[0, s.free].sum() / before[0, s.free].sum()
     rate = after[1].sum() / before[1].sum()
-    return 100 * (loss_after / loss_before).item() - 100, rate.item()
+    return 100 * (loss.item() - 1), rate.item()
 
 
 def shuffled(gains, fires, seed):
     """The control: the same gains (M,) on other prototypes that fire about as often -> (M,)"""
     rng = torch.Generator().manual_seed(seed)
-    gains, control = gains.cpu(), gains.cpu().clone()
-    for group in fires.cpu().argsort().split(32):                 # they fire about as often
+    control = gains.clone()
+    for group in fires.argsort(stable=True).split(32):            # neighbors in order of firing
         group = group[torch.randperm(len(group), generator=rng)]
-        one = (gains[group] == 1).int()
-        group = group[one.argsort(stable=True)]                   # gains other than 1 come first,
-        control[group] = gains[group].flip(0)                     # and change places with the ones
-    return control.to(fires.device)
+        is_one = (gains[group] == 1).int()
+        group = group[is_one.argsort(stable=True)]                # gains other than 1 come first,
+        control[group] = gains[group].flip(0)                     # and change places with ones
+    return control
 
 
 # ------------------------------------------- find: which prototypes, and which gains
 def rank_prototypes(model, s):
-    """States -> margin, merit, fires, each (M,). For each prototype
+    """States -> margin, merit, fires (the tokens with a gate above 0), each (M,)
 
         margin_i   sum over onsets of a_ti <W_y - mean W, p_i>, a share of <W_y - mean W, z_t>
         benefit_i  sum over onsets of -dCE / dg_i = a_ti <W_y - W^T pi_t, p_i>
         price_i    the same sum over text without the behavior
         merit_i    benefit_i / (|price_i| + mean |price|)
-        fires_i    tokens at which its gate is above 0
     """
     W, P = model.W, model.prototypes
     margin, error = torch.empty_like(s.gates), torch.empty_like(s.gates)   # (N, k)
@@ -228,7 +218,7 @@ def rank_prototypes(model, s):
         return sums.index_add_(0, s.ids[keep].flatten(), values[keep].flatten())
 
     price = total(error, s.free).abs()
-    merit = total(error, s.onset) / (price + price.mean() + 1e-12)
+    merit = total(error, s.onset) / (price + price.mean())
     fires = torch.bincount(s.ids[s.gates > 0], minlength=len(P))
     return total(margin, s.onset) / logit, merit, fires
 
@@ -238,8 +228,7 @@ def fit(model, s, w, rate_0, lam, ids, seed=0, steps=60, batch=1024, lr=0.1):
 
     minimizes over theta = g - 1   mean_t [ KL(q_t || pi_t without onsets) + lam rate_t / rate_0 ]
 
-    where q_t is the unchanged model's distribution without onsets, by Adam. The few steps bound
-    |theta|, which is part of the bargain, as early stopping is.
+    in a few steps of Adam; q_t is the unchanged model's distribution without onsets.
     """
     W, P = model.W, model.prototypes
     rng = torch.Generator().manual_seed(seed)
@@ -247,7 +236,7 @@ def fit(model, s, w, rate_0, lam, ids, seed=0, steps=60, batch=1024, lr=0.1):
     fires = torch.isin(s.ids, ids) & (s.gates > 0)
     s = s.take(fires.any(1))                                      # no other token changes
     theta = torch.zeros(len(ids), device=P.device, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([theta], lr)
     for step in range(steps):
         drawn = torch.randint(len(s.z), (batch,), generator=rng)
         b = s.take(drawn.to(P.device))
@@ -261,7 +250,6 @@ def fit(model, s, w, rate_0, lam, ids, seed=0, steps=60, batch=1024, lr=0.1):
         rate = logp.exp() @ w
         kl = (1 - rate).clamp(min=1e-4).log() - (q * logp).sum(1)
         loss = (kl + lam * rate / rate_0).mean()
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 - 2 * step / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -272,73 +260,57 @@ def candidates(model, s, w, merit, mode="auto", seed=0):
     """States of training text -> yields (mode, size, setting, gains (M,))"""
     order = merit.argsort(descending=True)
     if mode in ("auto", "zero"):
-        for size, gain in itertools.product(SIZES, GAINS):
-            gains = torch.ones_like(merit).index_fill(0, order[:size], gain)
-            yield "zero", size, f"gain {gain:+g}", gains
+        for size in SIZES:
+            for gain in GAINS:
+                gains = torch.ones_like(merit).index_fill(0, order[:size], gain)
+                yield "zero", size, f"gain {gain:+g}", gains
     if mode in ("auto", "fit"):
         _, rate = measure(model, s, w)
-        for size, lam in itertools.product(FITTED, LAMBDAS):
-            gains = fit(model, s, w, rate.mean(), lam, order[:size], seed)
-            gains[(gains - 1).abs() <= 0.02] = 1.0
-            yield "fit", size, f"lambda {lam:g}", gains
+        for size in FITTED:
+            for lam in LAMBDAS:
+                gains = fit(model, s, w, rate.mean(), lam, order[:size], seed)
+                gains[(gains - 1).abs() <= 0.02] = 1.0
+                yield "fit", size, f"lambda {lam:g}", gains
 
 
 def write_gains(path, run, gains, **facts):
     """A gains file that common.load_gains reads. The sweep of an older file of this name goes."""
     ids = (gains != 1).nonzero()[:, 0].tolist()
-    values = [round(gain, 4) for gain in gains[ids].tolist()]
+    facts = dict(checkpoint=run.hash, **facts, ids=ids, gains=gains[ids].tolist())
     path.with_suffix(".sweep.json").unlink(missing_ok=True)
-    write_json(path, dict(checkpoint=run.hash, **facts, ids=ids, gains=values))
-
-
-def open_run(cfg):
-    run = Run(cfg.out_dir, cfg.device)
-    if len(run.val) < 4 * run.T:
-        raise UserError(f"the held-out text has {len(run.val)} tokens, expected at least "
-                        f"{4 * run.T}: prepare more text")
-    return run
-
-
-def show(*cells):
-    """Prints one row of a table."""
-    words = [f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells]
-    print(" ".join(word.rjust(12) for word in words), flush=True)
+    write_json(path, facts)
 
 
 def find(argv):
     cfg = parse_config(FindConfig, argv)
-    run = open_run(cfg)
+    run = Run(cfg.out_dir, cfg.device)
     model = run.model
     w, train, tune, _ = behavior_states(run, cfg.behavior, cfg.tokens, cfg.seed)
-    print(f"{int(train.onset.sum()):,} onsets in {len(train.z):,} training tokens")
+    print(f"{train.onset.sum():,} onsets in {len(train.y):,} training tokens")
     margin, merit, _ = rank_prototypes(model, train)
-    show("prototype", "margin", "raises")
-    for i in margin.argsort(descending=True)[:cfg.top].tolist():
+    for i in margin.argsort(descending=True)[:10].tolist():
         logits = model.W[:run.tokenizer.n_vocab] @ model.prototypes[i]
-        raised = [repr(run.decode([t])) for t in logits.argsort(descending=True)[:5]]
-        show(i, margin[i].item(), " ".join(raised))
-
+        raised = [run.decode([t]) for t in logits.argsort(descending=True)[:5]]
+        print(f"prototype {i:>4}  margin {margin[i]:.3f}  raises {raised}")
     before = measure(model, tune, w)
     best, lowest = None, 1.0
-    show(*COLUMNS[:5])
     for mode, size, setting, gains in candidates(model, train, w, merit, cfg.mode, cfg.seed):
         loss, rate = effect(tune, before, measure(model, tune, w, gains))
-        show(mode, size, setting, loss, rate)
+        print(f"{mode} {size:>3}  {setting:<10}  loss {loss:+.3f}%  rate {rate:.4f}", flush=True)
         if loss <= cfg.price and rate < lowest:
             lowest, best = rate, gains
             found = dict(by=mode, size=size, setting=setting, tuning_loss_percent=loss,
                          tuning_rate=rate, **asdict(cfg))
     if best is None:
-        raise UserError(f"nothing of mode {cfg.mode} lowers the rate at a price of at most "
-                        f"{cfg.price}%; raise --price, or try --mode=auto, which is zero and fit")
+        raise UserError(f"mode {cfg.mode} (auto, zero, fit): none at {cfg.price}%; raise --price")
     path = run.out_dir / "gains" / f"{cfg.name}.json"
     write_gains(path, run, best, behavior=cfg.behavior, found=found)
-    print(f"{path}: {found['by']} {found['size']}, {found['setting']}. Next: "
-          f"python suppress.py sweep --out_dir={cfg.out_dir} --gains={path}")
+    print(f"{path}: {found['by']} {found['size']}, {found['setting']}")
 
 
 # ------------------------------------------- apply and sweep: before and after
 def read_facts(path):
+    """A gains file of find -> its behavior, and the price allowed."""
     with reading(f"gains file '{path}'", "expected one file that suppress.py find wrote"):
         facts = json.loads(Path(path).read_text("utf-8"))
         return facts["behavior"], float(facts["found"]["price"])
@@ -348,16 +320,15 @@ def beginnings(run, n, seed):
     """-> (n, 16) tokens: beginnings of text from the test half of the held-out windows."""
     T = run.T
     rng = torch.Generator().manual_seed(seed)
-    length = min(16, T // 2)
-    window = 1 + 2 * torch.randint((len(run.val) - 1) // (2 * T), (n, 1), generator=rng)
-    start = window * T + torch.randint(T - length, (n, 1), generator=rng)
-    tokens = run.val[start.numpy() + np.arange(length)]
-    return torch.from_numpy(tokens.astype(np.int64)).to(run.device)
+    window = torch.randint(len(run.val) // (2 * T), (n, 1), generator=rng)
+    offset = torch.randint(T // 2, (n, 1), generator=rng)
+    place = (2 * window + 1) * T + offset + torch.arange(min(16, T // 2))
+    tokens = run.val[place.numpy()].astype(np.int64)
+    return torch.from_numpy(tokens).to(run.device)
 
 
 def samples(run, idx, pattern, max_new_tokens, temperature, seed, gains=None):
-    """Continues idx (n, L) -> n pairs (matches that begin in the new tokens, the whole text).
-    One seed gives the same draws."""
+    """Continues idx (n, L) -> n pairs (matches that begin in the new tokens, the whole text)."""
     pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
     rows = run.model.generate(idx, max_new_tokens, temperature, seed=seed, gains=gains,
                               n_vocab=run.tokenizer.n_vocab)
@@ -370,7 +341,10 @@ def samples(run, idx, pattern, max_new_tokens, temperature, seed, gains=None):
 
 def apply(argv):
     cfg = parse_config(ApplyConfig, argv)
-    run = open_run(cfg)
+    if cfg.num_samples < 1 or cfg.temperature < 0:
+        raise UserError(f"num_samples={cfg.num_samples}, temperature={cfg.temperature}; "
+                        "expected at least 1 and 0")
+    run = Run(cfg.out_dir, cfg.device)
     gains = load_gains(cfg.gains, run.model)
     behavior, _ = read_facts(cfg.gains.split(",")[0])
     idx = beginnings(run, cfg.num_samples, cfg.seed)
@@ -380,41 +354,41 @@ def apply(argv):
     options = compile_pattern(behavior), cfg.max_new_tokens, cfg.temperature, cfg.seed
     before = samples(run, idx, *options)
     after = samples(run, idx, *options, gains)
-    for pair in zip(before, after):
-        for side, (matches, text) in zip(("before", "after"), pair):
-            print(f"{side:>6} | {matches} matches | {plain(text)}")
+    for old, new in zip(before, after):
+        print(f"before, {old[0]} matches | {plain(old[1])}")
+        print(f" after, {new[0]} matches | {plain(new[1])}")
 
 
 def sweep(argv):
     cfg = parse_config(SweepConfig, argv)
-    run = open_run(cfg)
+    run = Run(cfg.out_dir, cfg.device)
     model = run.model
     gains = load_gains(cfg.gains, model)
     behavior, price = read_facts(cfg.gains)
     w, train, _, test = behavior_states(run, behavior, cfg.tokens, cfg.seed)
     _, merit, fires = rank_prototypes(model, train)
-
     # teacher-forced: each candidate, and the same gains on other prototypes
     before = measure(model, test, w)
     proposed = candidates(model, train, w, merit, seed=cfg.seed)
     chosen = "chosen", int((gains != 1).sum()), "", gains
     rows = []
-    show(*COLUMNS[:5], "control loss", "control rate")
     for mode, size, setting, g in itertools.chain(proposed, [chosen]):
-        row = [mode, size, setting]
-        for side in g, shuffled(g, fires, cfg.seed):
-            row += effect(test, before, measure(model, test, w, side))
-        show(*row)
-        rows.append(dict(zip(COLUMNS, row)))
+        loss, rate = effect(test, before, measure(model, test, w, g))
+        control = shuffled(g, fires, cfg.seed)
+        control_loss, control_rate = effect(test, before, measure(model, test, w, control))
+        print(f"{mode:>6} {size:>3}  {setting:<10}  loss {loss:+.3f}%  rate {rate:.4f}"
+              f"  control {control_loss:+.3f}% {control_rate:.4f}", flush=True)
+        rows.append(dict(mode=mode, size=size, setting=setting, loss_percent=loss, rate=rate,
+                         control_loss_percent=control_loss, control_rate=control_rate))
 
     # sampled: the texts with most matches before, and what becomes of them
-    idx = beginnings(run, SAMPLES, cfg.seed)
-    options = compile_pattern(behavior), cfg.max_new_tokens, 1.0, cfg.seed
-    texts = zip(samples(run, idx, *options), samples(run, idx, *options, gains))
-    before, after = zip(*sorted(texts, reverse=True)[:SHOWN])
+    idx = beginnings(run, 64, cfg.seed)
+    options = compile_pattern(behavior), 100, 1.0, cfg.seed
+    pairs = zip(samples(run, idx, *options), samples(run, idx, *options, gains))
+    before, after = zip(*sorted(pairs, reverse=True)[:4])
     path = Path(cfg.gains).with_suffix(".sweep.json")
-    write_json(path, dict(name=Path(cfg.gains).stem, behavior=behavior, checkpoint=run.hash,
-                          price=price, rows=rows, before=before, after=after))
+    write_json(path, dict(behavior=behavior, checkpoint=run.hash, price=price, rows=rows,
+                          before=before, after=after))
     print(f"{path}: python report.py shows it")
 
 

@@ -44,7 +44,7 @@ RUNS = [  # a script with its options, and the options of its quick run ("": the
      f"--models=1 --plantings=2 --documents=40 --train='{TINY}' --work={Q}/planted"),
     ("interventions/suppression.py",
      f"{RUN} --only=examples --behavior=the --price=1000 --prompts=8 --max_new_tokens=20 "
-     "--steps=20 --tokens=4096"),
+     f"--steps=20 --tokens=4096 --out={Q}"),
     ("interventions/controllers.py", f"{RUN} --items=200 --test_items=100"),
     ("interventions/controllers.py --out_dir=out-books", ""),
     ("neighbours/logit_rank.py",
@@ -84,7 +84,7 @@ def main(argv):
     failed = []
     for script, name, (command, quick) in zip(scripts, names, RUNS):
         if cfg.quick:
-            command = f"{script} {quick} --out={Q}/{name}.json"
+            command = f"{script} --out={Q}/{name}.json {quick}"
         if name in only and (quick or not cfg.quick) and not run(f"experiments/{command}"):
             failed.append(name)
     if failed:

@@ -14,7 +14,7 @@ from tools import ROOT, read_results
 from common import atomic
 
 HERE = ROOT / "experiments"
-OLDER = "ded8bf2"  # results of this revision do not name it
+OLDER = "ded8bf2", "2026-11-21"  # results of this revision, of this day, do not name them
 FIGURE = re.compile(r"\{(?:(each|min|max|mean|error) )?([^:}]+):?([^}]*)\}")
 
 
@@ -80,11 +80,9 @@ def fill_row(row, results):
 
 def made_by(x):
     """Machine, torch, revision and date of a result, in words."""
-    words = [str(x.get("machine", "a CPU"))]
-    if "torch" in x:
-        words.append(f"torch {x['torch']}")
-    words.append(f"revision {x.get('revision', OLDER)}")
-    return ", ".join([*words, x["date"]] if "date" in x else words)
+    torch = [f"torch {x['torch']}"] if "torch" in x else []
+    origin = f"revision {x.get('revision', OLDER[0])}", x.get("date", OLDER[1])
+    return ", ".join([str(x.get("machine", "a CPU")), *torch, *origin])
 
 
 def add_derived(r):

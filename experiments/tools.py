@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from common import atomic, reading, write_json  # noqa: E402
 from prism import UserError  # noqa: E402
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
 
 
 def trained(out_dir, *options):
@@ -53,15 +53,11 @@ def save_results(path, result):
     """Writes a dict as JSON, with machine, torch, git revision, date and command added."""
     words = ["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]
     git = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty --exclude='*' 2>/dev/null"
-    write_json(path, result | {"machine": machine(), "torch": torch.__version__,
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
+    write_json(path, result | {"machine": machine, "torch": torch.__version__,
                                "revision": subprocess.getoutput(git), "command": shlex.join(words),
                                "date": datetime.date.today().isoformat()})
-
-
-def machine():
-    """The processor, and the GPU where there is one."""
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{gpu}"
 
 
 def spearman(a, b):
@@ -69,6 +65,13 @@ def spearman(a, b):
     a, b = (np.argsort(np.argsort(x, axis=0), axis=0).astype(float) for x in (a, b))
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
+
+
+def interval(numerator, denominator, seed=0, draws=1000):
+    """Two arrays (n,) -> the ratio of their sums, and its 95% interval by bootstrap of the units"""
+    drawn = np.random.default_rng(seed).integers(0, len(numerator), (draws, len(numerator)))
+    ratios = numerator[drawn].sum(1) / denominator[drawn].sum(1)
+    return numerator.sum() / denominator.sum(), *np.quantile(ratios, [0.025, 0.975])
 
 
 def number_list(name, text, kind=int):
@@ -90,11 +93,8 @@ def package(name):
 @contextlib.contextmanager
 def figure(path, rows=1, columns=1, width=5.5, height=4):
     """with figure("x.png", 1, 2) as axes: draw on axes[0, 0] and axes[0, 1]; then it is saved."""
-    import matplotlib.pyplot as plt
-    plt.switch_backend("Agg")
-    size = width * columns, height * rows
-    fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    yield axes
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    yield fig.subplots(rows, columns, squeeze=False)
     with atomic(path) as f:
         fig.savefig(f, dpi=120, format="png")
-    plt.close(fig)

@@ -18,7 +18,6 @@ sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "experiments/attribution")
 import curvature  # noqa: E402
 import ekfac  # noqa: E402
 import lds  # noqa: E402
-import passages  # noqa: E402
 import planted  # noqa: E402
 import refit  # noqa: E402
 import rivals  # noqa: E402
@@ -280,7 +279,7 @@ def test_costs_of_rivals(made, tmp_path, monkeypatch):
 
 def test_curvature_within_blocks_is_that_of_the_dense_hessian(made, tmp_path, monkeypatch):
     run = Run(made, "cpu")
-    figures, condition = curvature.measured(run, 512, 400)
+    figures = curvature.measured(run, 512, 400)
     starts = np.random.default_rng(1).permutation(seen_windows(run.ckpt, len(run.train)))[:32]
     r = records(run.model, *rivals.windows(run, run.train, starts))
     eye = torch.eye(12 * 16).view(-1, 12, 16)
@@ -289,16 +288,13 @@ def test_curvature_within_blocks_is_that_of_the_dense_hessian(made, tmp_path, mo
     share = D.square().sum().item() / H.square().sum().item()
     assert figures["within_squared"] == pytest.approx(share, rel=0.05)
     assert figures["within_norm"] == pytest.approx(figures["within_squared"] ** 0.5)
-    trace = D.diagonal(dim1=1, dim2=2).mean(1)
-    mu = 0.1 * trace[trace > 0].median()
-    want = torch.linalg.cond(D[trace > 0] + mu * torch.eye(16)).log10()
-    assert condition.numpy() == pytest.approx(want.numpy(), rel=1e-2)
+    assert figures["firing"] == (D.diagonal(dim1=1, dim2=2).sum(1) > 0).sum()
     trains_here(monkeypatch, curvature)
     curvature.main([f"--out_dir={made}", f"--loose={tmp_path}/loose", "--tokens=512",
                     f"--out={tmp_path}/c.json"])
     heads = json.loads((tmp_path / "c.json").read_text())["heads"]
     assert list(heads) == ["PRISM", "without clustering losses", "random prototypes"]
-    assert len({x["within_squared"] for x in heads.values()}) == 3 and (tmp_path / "c.png").exists()
+    assert len({x["within_squared"] for x in heads.values()}) == 3
 
 
 def test_refit(made, tmp_path, monkeypatch):
@@ -361,15 +357,3 @@ def test_planted(tmp_path, monkeypatch, capsys):
         assert holds == 1 if p["sort"] == "invented" else 5 < holds < 40
     monkeypatch.setattr(planted, "one_model", None)                     # nothing is done again
     planted.main(options)
-
-
-def test_passages_are_whole_lines(tmp_path):
-    text = "".join(f"line {n}\n" for n in range(50)) + "the end"
-    (tmp_path / "a.txt").write_text(text)
-    passages.main([f"--folder={tmp_path}", "--length=100", f"--out={tmp_path}/p.jsonl"])
-    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
-    assert "".join(row["text"] for row in rows) == text and {row["source"] for row in rows} == {"a"}
-    assert all(len(row["text"]) >= 100 and row["text"].endswith("\n") for row in rows[:-1])
-    assert len({row["title"] for row in rows}) == len(rows) > 3
-    with pytest.raises(UserError, match="no .txt file"):
-        passages.main([f"--folder={tmp_path}/none"])

@@ -16,6 +16,8 @@ from conftest import tiny, write_dataset
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import tools  # noqa: E402
+
 import train  # noqa: E402
 from common import Run, UserError, load_gains  # noqa: E402
 from interventions import cloze, controllers, harness, suppression  # noqa: E402
@@ -249,12 +251,29 @@ def test_controllers_write_gains_that_load_and_an_entry_per_run(run, tmp_path, m
 
 # ------------------------------------------- suppression
 
+def test_interval_of_equal_units_is_a_point_and_shrinks_with_more():
+    assert tools.interval(np.full(5, 3.0), np.full(5, 2.0)) == (1.5, 1.5, 1.5)
+    rng = np.random.default_rng(0)
+    mean, low, high = tools.interval(rng.normal(1, 2, 400), np.ones(400))
+    assert low < mean < high and high - low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
+
+
+def test_the_interval_of_the_loss_is_around_its_rise(run):
+    trained = Run(run, "cpu")
+    w, _, _, test = suppression.suppress.behavior_states(trained, "a", 1500, 0)
+    before = measure(trained.model, test, w)
+    after = measure(trained.model, test, w, torch.rand(24))
+    mean, low, high = suppression.loss_interval(test, before, after, trained.T)
+    rise, _ = suppression.suppress.effect(test, before, after)
+    assert mean == pytest.approx(rise, abs=1e-3) and low < mean < high
+
+
 def test_a_bias_is_measured_as_it_is_sampled():
     model = tiny(n_proto=5, top_k=2).requires_grad_(False)
     rng = torch.Generator().manual_seed(0)
     z, w = torch.randn(9, 6, generator=rng).double(), torch.rand(11, generator=rng).double()
     bias, y = torch.randn(11, generator=rng).double(), torch.randint(0, 11, (9,), generator=rng)
-    s = States(z, None, None, y, None, None, *[None] * (len(States._fields) - 6))
+    s = States(z, None, None, y, None, None)
     logits = suppression.with_bias(model, bias).logits(z, None)
     torch.testing.assert_close(logits, z @ model.W.T + bias)
     loss, rate = suppression.measure_bias(model, s, w, bias)

@@ -223,15 +223,6 @@ def test_explanations_of_a_model_that_sees_one_token(made):
     assert max(map(abs, x["comprehensiveness"])) < 0.1 and min(x["sufficiency"]) > 0.9
 
 
-def test_a_simulator_learns_what_it_can_see():
-    bags = torch.tensor([[n % 2, 2 + n % 5] for n in range(60)])
-    y = torch.arange(60) % 2
-    answers = y[:40], y[40:]
-    assert proto_lm.simulate((bags[:40], bags[40:]), answers, 7, 0) == 1
-    assert proto_lm.simulate((bags[:40, 1:], bags[40:, 1:]), answers, 7, 0) < 0.8
-    assert proto_lm.count_tokens(torch.tensor([[1, 1, 0]]), 3).tolist() == [[1, 2, 0]]
-
-
 def test_proto_lm_in_its_smallest_form(made, tmp_path, monkeypatch):
     real = proto_lm.load_documents
 
@@ -262,7 +253,7 @@ def test_proto_lm_in_its_smallest_form(made, tmp_path, monkeypatch):
     assert result["faithful"].keys() == kinds
     first = result["faithful"]["prototypes, share"][0]
     assert len(first["comprehensiveness"]) == len(first["sufficiency"]) == 4
-    assert len(result["simulatability"]["plain, random words"]) == 2
+    assert len(result["faithful"]["plain, random"]) == 2
     told = result["explanations"][0]
     text = run.decode(run.train)
     assert told["read_as"] in names and len(told["tokens"]) == 5

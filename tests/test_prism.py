@@ -418,7 +418,8 @@ def gpt2_state(d=6, n_layer=2, V=11, T=8):
 
 def test_gpt2_weights_give_gpt2s_hidden_states():
     bare, idx = gpt2_state(), tokens(2, 8)
-    named = {f"transformer.{k}": v for k, v in bare.items()} | {"lm_head.weight": bare["wte.weight"]}
+    named = {f"transformer.{name}": w for name, w in bare.items()}
+    named["lm_head.weight"] = bare["wte.weight"]
     by_output = {}
     for name, w in bare.items():
         matrix = name.startswith("h.") and w.dim() == 2

@@ -92,9 +92,9 @@ def sweep_of(out, **changes):
     row = dict(size=4, setting=HOSTILE, loss_percent=0.1, rate=0.5, control_loss_percent=0.2,
                control_rate=0.9)
     rows = [dict(row, mode=mode) for mode in ("zero", "fit", "chosen")]
-    sweep = dict(name=HOSTILE, behavior=r"$\frac{" + HOSTILE, price=0.25, rows=rows,
-                 checkpoint=Index(out, "cpu").run.hash, summary=STRANGE, before=[HOSTILE] * 2,
-                 after=[STRANGE], per_1000_tokens={})
+    sweep = dict(behavior=r"$\frac{" + HOSTILE, price=0.25, rows=rows,
+                 checkpoint=Index(out, "cpu").run.hash, before=[[3, HOSTILE], [2, HOSTILE]],
+                 after=[[0, STRANGE]])
     return sweep | changes
 
 
@@ -132,7 +132,9 @@ def test_the_report_is_written_whole_with_its_plots(out, data):
     facts = dict(data["run"])
     assert facts["validation loss"].startswith("4.75")
     assert facts["validation loss, dense twin"].startswith("4.625")
-    assert data["gains"][0]["before"] == [HOSTILE] * 2
+    gains = data["gains"][0]
+    assert gains["name"] == "cat" and gains["behavior"].endswith(": rate 50.0%, loss +0.10%")
+    assert gains["before"] == [f"3 matches: {HOSTILE}", f"2 matches: {HOSTILE}"]
 
 
 def test_the_dense_twin_is_on_the_same_axes(tmp_path, monkeypatch):

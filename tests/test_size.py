@@ -94,7 +94,8 @@ def test_the_house_rules():
 
 
 def test_the_measures_see_what_they_should():
-    assert density('"""Doc."""\nx = f"{a!r} {f\'{b}\'}" + 1  # note\n\ny = (1,\n     2)\n') == 12 / 3
+    source = '"""Doc."""\nx = f"{a!r} {f\'{b}\'}" + 1  # note\n\ny = (1,\n     2)\n'
+    assert density(source) == 12 / 3
     tree = ast.parse("[[c for c in b] for b in a if any({d for d in e} for e in b)]")
     assert sorted(level for _, level in comprehensions(tree)) == [1, 2, 2, 3]
     tree = ast.parse("import a.b, c\nfrom d.e import f\ndef g():\n    from h import i")

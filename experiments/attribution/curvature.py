@@ -17,10 +17,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from rivals import windows  # noqa: E402
-from tools import figure, options_of, save_results, trained  # noqa: E402
+from tools import options_of, save_results, trained  # noqa: E402
 
-from attribute import MU_SHARE, Curvature, curvature_product, records  # noqa: E402
-from attribute import seen_windows  # noqa: E402
+from attribute import Curvature, curvature_product, records, seen_windows  # noqa: E402
 from common import Run, parse_config, run_main  # noqa: E402
 
 
@@ -29,11 +28,11 @@ class CurvatureConfig:
     out_dir: str = "out"        # PRISM's run
     loose: str = "out-loose"    # the run without clustering losses, trained here
     tokens: int = 32768         # training tokens that H is summed over
-    out: str = "experiments/results/curvature.json"  # the result; a picture lies beside it
+    out: str = "experiments/results/curvature.json"  # the result
 
 
 def measured(run, n_tokens, probes=8):
-    """-> the figures of a head (dict), and log10 of the condition number of each block."""
+    """-> the figures of a head (dict)."""
     W, M = run.model.W, run.model.config.n_proto
     rng = np.random.default_rng(1)
     starts = rng.permutation(seen_windows(run.ckpt, len(run.train)))[:n_tokens // run.T]
@@ -51,15 +50,9 @@ def measured(run, n_tokens, probes=8):
     inside = D.square().sum()
     share = inside / (inside + beyond.mean())
     error = (inside / (inside + beyond)).std() / probes ** 0.5
-
-    mu = MU_SHARE * curvature.mean_eigenvalue()
-    values = torch.linalg.eigvalsh(D).clamp(min=0)                              # (M, d) ascending
-    values = values[values[:, -1] > 0] + mu
-    condition = (values[:, -1] / values[:, 0]).log10()
-    quantiles = [condition.quantile(q).item() for q in (0.1, 0.5, 0.9)]
+    firing = D.flatten(1).any(1).sum()
     return dict(within_squared=share.item(), standard_error=error.item(),
-                within_norm=share.sqrt().item(), firing=len(condition),
-                log10_condition=quantiles), condition
+                within_norm=share.sqrt().item(), firing=firing.item())
 
 
 def main(argv):
@@ -76,13 +69,9 @@ def main(argv):
         "random prototypes": random,
     }
     result = {}
-    with figure(Path(cfg.out).with_suffix(".png")) as axes:
-        for name, run in heads.items():
-            result[name], condition = measured(run, cfg.tokens)
-            axes[0, 0].hist(condition.numpy(), bins=40, histtype="step", label=name)
-            print(name, result[name], flush=True)
-        axes[0, 0].set(xlabel="log10 of a block's condition number", ylabel="prototypes")
-        axes[0, 0].legend()
+    for name, run in heads.items():
+        result[name] = measured(run, cfg.tokens)
+        print(name, result[name], flush=True)
     save_results(cfg.out, dict(options=asdict(cfg), heads=result))
 
 

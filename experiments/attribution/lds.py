@@ -29,13 +29,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from rivals import ask, check_methods, head_scores, right_sides, windows  # noqa: E402
-from tools import number_list, save_results, spearman, trained  # noqa: E402
+from tools import interval, number_list, save_results, spearman, trained  # noqa: E402
 
 from attribute import MU_SHARE, Index, build_index, conjugate_gradients  # noqa: E402
 from attribute import curvature_product, records  # noqa: E402
 from common import Run, UserError, dataset_folder, load_checkpoint, load_dataset  # noqa: E402
 from common import parse_config, run_main, write_json  # noqa: E402
-from suppress import interval  # noqa: E402
 
 TRAIN = ("--n_layer=2 --n_head=2 --n_embd=64 --n_proto=512 --top_k=8 --head_share=1 "
          "--max_iters=500 --device=cpu")

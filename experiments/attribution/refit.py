@@ -122,7 +122,7 @@ def main(argv):
     options = asdict(cfg) | {"checkpoint": run.hash}
     result = read_results(cfg.out)
     if result.get("options") != options:
-        share = measured(run, cfg.tokens)[0]["within_squared"]
+        share = measured(run, cfg.tokens)["within_squared"]
         result = dict(options=options, documents={}, off_diagonal_share=1 - share)
     done = result["documents"]
     rng = np.random.default_rng(cfg.seed)

@@ -27,11 +27,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from interventions.cloze import CHOICES, cloze  # noqa: E402
-from tools import read_results, save_results  # noqa: E402
+from tools import interval, read_results, save_results  # noqa: E402
 
 from common import Run, parse_config, plain, run_main  # noqa: E402
 from prism import UserError, apply_gains, log_softmax_chunks  # noqa: E402
-from suppress import interval, write_gains  # noqa: E402
+from suppress import write_gains  # noqa: E402
 
 CONTEXT, CHOICE = 48, 5  # tokens
 PENALTIES = 0.001, 0.0003, 0.0001

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tools import read_results, save_results  # noqa: E402
+from tools import interval, read_results, save_results  # noqa: E402
 
 import suppress  # noqa: E402
 from common import Run, load_gains, parse_config, run_main  # noqa: E402
@@ -66,13 +66,30 @@ def measure_bias(model, s, w, bias):
     return measure(SimpleNamespace(W=W), s._replace(z=z), w)
 
 
+def loss_interval(s, before, after, T):
+    """The rise of the loss of States of whole windows in percent, and its interval over windows."""
+    losses = torch.stack((after[0], before[0])).double() * s.free
+    per_window = losses.view(2, -1, T).sum(2).cpu().numpy()
+    return [100 * ratio - 100 for ratio in interval(*per_window)]
+
+
+def count_matches(cfg, run, idx, pattern, gains):
+    """-> matches (n,) in the continuations of idx (n, L)"""
+    counts, seed = [], cfg.seed
+    for rows in idx.split(64):
+        found = suppress.samples(run, rows, pattern, cfg.max_new_tokens, 1.0, seed, gains)
+        counts += [matches for matches, _ in found]
+        seed += 64
+    return np.array(counts)
+
+
 def finetune(cfg, run, pattern, w, target):
     """Trains until the rate in the test half is `target` -> model, its measure(), steps."""
     tokens, carried, _ = mark_text(run, run.train[:2 ** 22], pattern)
     last = (len(tokens) - 1) // run.T * run.T
     clean = (~carried[:last].view(-1, run.T).any(1)).nonzero()[:, 0].cpu().numpy()
     val = mark_text(run, run.val[:2 ** 16], pattern)
-    test_windows = np.arange((len(val[0]) - 1) // run.T)[1::2]
+    test_windows = torch.arange((len(val[0]) - 1) // run.T)[1::2]
     other = copy.copy(run)
     other.model = model = copy.deepcopy(run.model).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.0)
@@ -103,16 +120,15 @@ def compare(cfg, run, behavior, gains, n_prompts):
     def add(side, model, after, gains=None, states=test):
         other = copy.copy(run)
         other.model = model
-        rows = suppress.continuations(other, idx, cfg.max_new_tokens, 1.0, cfg.seed, gains)
-        count = suppress.count_matches(run, rows, pattern, idx.size(1))
+        count = count_matches(cfg, other, idx, pattern, gains)
         rate = (after[1].mean() / before[1].mean()).item()
-        sides[side] = dict(rate=rate, matches_per_1000=suppress.interval(count, thousands),
-                           loss_percent=suppress.loss_interval(states, before, after, run.T))
+        sides[side] = dict(rate=rate, matches_per_1000=interval(count, thousands),
+                           loss_percent=loss_interval(states, before, after, run.T))
         print(f"{side}: {sides[side]}", flush=True)
 
     add("before", model, before)
     add("gains", model, after, gains)
-    fires = suppress.rank_prototypes(model, train)["fires"]
+    _, _, fires = suppress.rank_prototypes(model, train)
     for draw in range(3):
         control = suppress.shuffled(gains, fires, cfg.seed + draw)
         add(f"control {draw + 1}", model, measure(model, test, w, control), control)
@@ -126,7 +142,10 @@ def compare(cfg, run, behavior, gains, n_prompts):
     for _ in range(12):                                           # bisection of c
         c = (low + high) / 2
         enough = measure_bias(model, test, w, -c * w)[1].mean() <= target
-        low, high = (low, c) if enough else (c, high)
+        if enough:
+            high = c
+        else:
+            low = c
     add("bias", with_bias(model, -high * w), measure_bias(model, test, w, -high * w))
     tuned, tuned_after, steps = finetune(cfg, run, pattern, w, target)
     add("finetune", tuned, tuned_after)

@@ -234,46 +234,17 @@ def faithful(model, clf, idx, order):
     return row
 
 
-def count_tokens(tokens, V):
-    """tokens (n, k) -> how often each is there (n, V)."""
-    counts = torch.zeros(len(tokens), V)
-    return counts.scatter_add_(1, tokens, torch.ones(tokens.shape))
-
-
-def simulate(bags, answers, V, seed):
-    """A linear layer on bags of tokens learns a classifier's answers -> its accuracy on new bags.
-
-    bags: tokens (n, k) to learn from and to judge by. answers: the classes (n,) of both.
-    """
-    torch.manual_seed(seed)
-    linear = nn.Linear(V, 1 + int(torch.cat(answers).max()))
-    optimizer = torch.optim.AdamW(linear.parameters(), 0.05, weight_decay=0.05)
-    train = count_tokens(bags[0], V)
-    test = count_tokens(bags[1], V)
-    for _ in range(150):
-        optimizer.zero_grad()
-        F.cross_entropy(linear(train), answers[0]).backward()
-        optimizer.step()
-    return accuracy(linear(test), answers[1])
-
-
-def judge(run, clf, name, texts, hidden, seed, result):
-    """Adds a classifier's figures to the result. texts, hidden: tokens and states, train and test.
-    """
-    shares, answers = zip(*map(clf.shares, hidden))
-    _, attention = clf.pool(hidden[1])
+def judge(run, clf, name, idx, h, seed, result):
+    """Adds the faithfulness of explanations of passages idx (n, L), whose states are h."""
+    share, _ = clf.shares(h)
+    _, attention = clf.pool(h)
     rng = torch.Generator().manual_seed(seed)
-    random = [torch.rand(idx.shape, generator=rng) for idx in texts]
-    weights = {"share": shares[1], "attention": attention, "random": random[1]}
+    random = torch.rand(idx.shape, generator=rng)
+    weights = {"share": share, "attention": attention, "random": random}
     for by, weight in weights.items():
         order = weight.argsort(1, descending=True)
-        row = faithful(run.model, clf, texts[1], order)
+        row = faithful(run.model, clf, idx, order)
         result["faithful"][f"{name}, {by}"].append(row)
-    k = max(1, round(0.2 * texts[0].size(1)))
-    for by, weights in (("words", shares), ("random words", random)):
-        bags = [idx.gather(1, w.topk(k).indices) for idx, w in zip(texts, weights)]
-        agreement = simulate(bags, answers, run.model.config.vocab_size, seed)
-        result["simulatability"][f"{name}, {by}"].append(agreement)
 
 
 @torch.no_grad()
@@ -314,19 +285,19 @@ def main(argv):
     run = Run(cfg.out_dir, "cpu")
     length = min(cfg.length, run.T)
     idx, y, test_idx, test_y, names = load_passages(run, length, cfg.most)
-    texts = idx, test_idx
-    hidden = [states(run.model, part) for part in texts]
+    h = states(run.model, idx)
+    test_h = states(run.model, test_idx)
     result = dict(options=asdict(cfg), classes=names)
     result["texts"] = [len(y), len(test_y)]
-    for table in ("accuracy", "faithful", "simulatability"):
-        result[table] = defaultdict(list)
+    result["accuracy"] = defaultdict(list)
+    result["faithful"] = defaultdict(list)
     for name, per_class in (("linear on attention", 0), ("prototypes", cfg.per_class)):
         for seed in range(1, cfg.seeds + 1):
-            clf = fit(hidden[0], y, len(names), per_class, seed, cfg)
-            share = accuracy(predict(clf, hidden[1]), test_y)
+            clf = fit(h, y, len(names), per_class, seed, cfg)
+            share = accuracy(predict(clf, test_h), test_y)
             result["accuracy"][f"{name}, frozen"].append(share)
             print(f"{name}, seed {seed}: {share:.1%}", flush=True)
-            judge(run, clf, name if per_class else "plain", texts, hidden, seed, result)
+            judge(run, clf, name if per_class else "plain", test_idx, test_h, seed, result)
     result["explanations"] = []
     for tokens in test_idx[::50]:
         result["explanations"].append(explain(run, clf, tokens, idx, names))

@@ -18,7 +18,7 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import save_results, trained  # noqa: E402
 
-from common import load_tensors, parse_config, reading, run_main  # noqa: E402
+from common import load_tensors, parse_config, run_main  # noqa: E402
 from prism import UserError  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -32,12 +32,6 @@ class QualityConfig:
     options: str = ""                # more options of train.py for all runs, as one string
     work: str = "out-quality"        # the runs go here
     out: str = "experiments/results/quality.json"  # the result
-
-
-def best_metrics(out_dir):
-    """The metrics of a run where its validation loss was lowest, which is what ckpt.pt holds."""
-    with reading(f"{out_dir}/ckpt.pt", "train the run with train.py"):
-        return load_tensors(Path(out_dir) / "ckpt.pt")["rows"][-1]
 
 
 def compare(dataset, prism, dense):
@@ -71,7 +65,7 @@ def main(argv):
         dataset, side, seed = job
         words = [f"--dataset={dataset}", f"--seed={seed}", *SIDES[side], *cfg.options.split()]
         out = trained(Path(cfg.work) / f"{Path(dataset).name}-{side}-{seed}", *words)
-        found = best_metrics(out)
+        found = load_tensors(out / "ckpt.pt")["rows"][-1]         # where the loss was lowest
         print(f"{out}: val_ce {found['val_ce']:.4f}", flush=True)
         return found
 
