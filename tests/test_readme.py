@@ -34,11 +34,11 @@ def shown_commands():
 
 
 def small(words):
-    """A command's script and the words behind it, with options that make it small."""
+    """A command's script, the words behind it, and options that make it small."""
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    options = [words[at].split("/")[-1], *words[at + 1:at + 2]]
-    extra = SMALL.get(" ".join(options)) or SMALL.get(options[0], "")
-    return words[at], [*words[at + 1:], *extra.split()]
+    names = [words[at].split("/")[-1], *words[at + 1:at + 2]]
+    extra = SMALL.get(" ".join(names)) or SMALL.get(names[0], "")
+    return words[at], words[at + 1:], extra.split()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_every_command_of_the_readme_runs(folder, capsys, monkeypatch):
         elif words[1] == "-m":
             assert words[2:] == ["venv", ".venv"]
         else:
-            script, options = small(words)
+            script, options, extra = small(words)
             module = importlib.import_module(Path(script).stem)
             assert (ROOT / script).is_file()
             if "fineweb_edu" in options:                          # a download of 28 GB
@@ -81,13 +81,14 @@ def test_every_command_of_the_readme_runs(folder, capsys, monkeypatch):
                     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
                     monkeypatch.setitem(sys.modules, "pyarrow", None)
                     module.prepare(["fineweb_edu"], module.parse_config(
-                        module.PrepareConfig, options[1:]))
+                        module.PrepareConfig, [*options[1:], "--tokenizer=byte", *extra]))
                 continue
             if words[0] == "torchrun":
-                torchrun(script, [*options, "--dataset=pydoc", "--out_dir=out-130m",
+                torchrun(script, [*options, *extra, "--dataset=pydoc", "--out_dir=out-130m",
                                   "--warmup_iters=4", "--max_iters=4", "--eval_interval=4"])
                 continue
-            module.main(options)
+            first = [word for word in options if not word.startswith("--")]
+            module.main([*first, *extra, *options[len(first):]])
     capsys.readouterr()
     for name in ("out/report.html", "out/loss.png", "out/gains/examples.sweep.json",
                  "out-mine-dense/ckpt.pt", "out-130m/ckpt.pt"):
