@@ -71,7 +71,8 @@ def interval(numerator, denominator, seed=0, draws=1000):
     """Two arrays (n,) -> the ratio of their sums, and its 95% interval by bootstrap of the units"""
     drawn = np.random.default_rng(seed).integers(0, len(numerator), (draws, len(numerator)))
     ratios = numerator[drawn].sum(1) / denominator[drawn].sum(1)
-    return numerator.sum() / denominator.sum(), *np.quantile(ratios, [0.025, 0.975])
+    low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
+    return float(numerator.sum() / denominator.sum()), low, high
 
 
 def number_list(name, text, kind=int):
