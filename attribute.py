@@ -12,8 +12,8 @@ and the training loss over P is multinomial logistic regression with sparse feat
     (3)  x_i = H_i^-1 b_i,  b_i = sum_t a_ti g_t                               the target's side
     (4)  I(s, t) = sum_i a_si g_s . x_i                                        score, in nats:
 
-what removing training token s adds to the loss of target t, to first order. Scores are linear in s
-and in t, so those of documents, sources and longer targets are sums.
+what removing training token s adds to the loss of target t, to first order: above 0 for proponents.
+It is linear in s and in t, so scores of documents, sources and longer targets are sums.
 """
 import json
 import shutil

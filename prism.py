@@ -107,11 +107,11 @@ class Block(nn.Module):
 class Mixture(NamedTuple):
     """N states, z = reconstruction + residual; reconstruction = sum_j gates[:, j] P[ids[:, j]]."""
     ids: torch.Tensor             # (N, k) prototypes, the most similar first
-    gates: torch.Tensor           # (N, k) a = relu(cos) >= 0
+    gates: torch.Tensor           # (N, k) a = relu(cos) >= 0, often exactly 0
     reconstruction: torch.Tensor  # (N, d) zhat
     residual: torch.Tensor        # (N, d) r = z - zhat
-    nearest_token: torch.Tensor   # (M,) max_t s_ti, each prototype to its nearest token
-    nearest_proto: torch.Tensor   # (N,) max_i s_ti, each token to its nearest prototype
+    nearest_token: torch.Tensor   # (M,) max_t s_ti, each prototype's cosine to its nearest token
+    nearest_proto: torch.Tensor   # (N,) max_i s_ti, each token's cosine to its nearest prototype
 
 
 def mix(ids, weights, prototypes):

@@ -30,7 +30,7 @@ matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=OKABE_ITO)   # 
 TWIN = "val_ce of the dense twin"
 LOSSES = {"ce": "C5-", "val_ce": "C0o-", "val_ce_prototypes": "C1s--", TWIN: "k^:"}
 TERMS = {"rec": "C2o-", "t2p": "C3s--", "p2t": "C4^:", "residual_share": "C0v-."}
-MODES = {"zero": "C0o", "fit": "C2^", "chosen": "k*"}
+MODES = {"shared": "C0o", "fit": "C2^", "chosen": "k*"}
 
 
 @dataclass

@@ -13,7 +13,7 @@ expression; its onsets are the tokens that hold the first character of a match.
     price    = rise of the loss of text without the behavior, in percent
 
 `find` keeps the lowest rate at an allowed price on one half of the held-out text; `sweep` measures
-on the other. Mode zero gives the prototypes of most merit one gain; mode fit gives each its own.
+on the other. Mode shared gives the best prototypes one gain, 0 or -1; mode fit gives each its own.
 """
 import itertools
 import json
@@ -29,7 +29,7 @@ from common import (Run, load_gains, parse_config, plain, reading, run_command, 
                     write_json)
 from prism import UserError, apply_gains, log_softmax_chunks
 
-SIZES, GAINS = (1, 2, 4, 8, 16, 32), (0.0, -1.0)         # of mode zero
+SIZES, GAINS = (1, 2, 4, 8, 16, 32), (0.0, -1.0)         # of mode shared
 FITTED, LAMBDAS = (16, 64, 256), (0.1, 0.3, 1.0)         # of mode fit
 
 
@@ -38,7 +38,7 @@ class FindConfig:
     out_dir: str = "out"      # the run
     behavior: str = ""        # a regular expression over text
     name: str = "behavior"    # the gains are written to out_dir/gains/NAME.json
-    mode: str = "auto"        # zero, fit, or auto: the lowest rate of both
+    mode: str = "auto"        # shared, fit, or auto: the lowest rate of both
     price: float = 0.5        # largest rise of the loss in percent, on the tuning half
     tokens: int = 200000      # training tokens to learn from
     seed: int = 1             # of the choice of text, and of fitting
@@ -259,11 +259,11 @@ def fit(model, s, w, rate_0, lam, ids, seed=0, steps=60, batch=1024, lr=0.1):
 def candidates(model, s, w, merit, mode="auto", seed=0):
     """States of training text -> yields (mode, size, setting, gains (M,))"""
     order = merit.argsort(descending=True)
-    if mode in ("auto", "zero"):
+    if mode in ("auto", "shared"):
         for size in SIZES:
             for gain in GAINS:
                 gains = torch.ones_like(merit).index_fill(0, order[:size], gain)
-                yield "zero", size, f"gain {gain:+g}", gains
+                yield "shared", size, f"gain {gain:+g}", gains
     if mode in ("auto", "fit"):
         _, rate = measure(model, s, w)
         for size in FITTED:
@@ -302,7 +302,7 @@ def find(argv):
             found = dict(by=mode, size=size, setting=setting, tuning_loss_percent=loss,
                          tuning_rate=rate, **asdict(cfg))
     if best is None:
-        raise UserError(f"mode {cfg.mode} (auto, zero, fit): none at {cfg.price}%; raise --price")
+        raise UserError(f"mode {cfg.mode} (auto, shared, fit): none at {cfg.price}%; raise --price")
     path = run.out_dir / "gains" / f"{cfg.name}.json"
     write_gains(path, run, best, behavior=cfg.behavior, found=found)
     print(f"{path}: {found['by']} {found['size']}, {found['setting']}")

@@ -245,13 +245,13 @@ def main(argv):
     model = PRISM(model_config(cfg)).to(device)
     optimizer = make_optimizer(model, cfg)
     start, best, rows = 0, math.inf, []
-    sums = torch.zeros(6, device=device)  # since the last evaluation: loss, its four terms, steps
+    sums = torch.zeros(2 + len(PRISM.TERMS), device=device)  # of this interval: loss, terms, steps
     if last:
         with reading(last_path, "remove it to start afresh"):
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
-            start, best, sums = last["step"], last["best"], last["sums"].to(device)
-            rows = last.get("rows", [])
+            start, best, rows = last["step"], last["best"], last.get("rows", [])
+            sums += last["sums"].to(device)
     elif source:
         model.transformer.load_state_dict(source.transformer.state_dict())
         if cfg.n_proto == source.config.n_proto:
@@ -289,7 +289,7 @@ def main(argv):
         lr = learning_rate(step, cfg)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        terms = torch.zeros(7, device=device)  # loss, its four terms, steps, signals
+        terms = torch.zeros(1 + len(sums), device=device)  # loss, its terms, steps, signals
         for i in range(rank, micros, ranks):
             micro = step * micros + i                             # the same for any number of ranks
             idx, targets = windows.train(micro * B, B)
@@ -299,16 +299,16 @@ def main(argv):
             with autocast:
                 loss, parts = step_model(idx.to(device), targets.to(device), return_terms=True)
             (loss * ranks / micros).backward()
-            terms[:5] += torch.cat((loss.detach()[None], parts)) / micros
-        terms[5], terms[6] = 1 / ranks, len(stop)
+            terms[:-2] += torch.cat((loss.detach()[None], parts)) / micros
+        terms[-2], terms[-1] = 1 / ranks, len(stop)
         if ranks > 1:
             dist.all_reduce(terms)
-        loss, stopping = terms[0].item(), terms[6].item() > 0     # on all ranks at the same step
+        loss, stopping = terms[0].item(), terms[-1].item() > 0    # on all ranks at the same step
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        done, sums, now = step + 1, sums + terms[:6], time.perf_counter()
+        done, sums, now = step + 1, sums + terms[:-1], time.perf_counter()
         speed = (done - start) * step_tokens / (now - clock)
         evaluating = done % cfg.eval_interval == 0 or done == cfg.max_iters
         is_best = False
@@ -316,7 +316,7 @@ def main(argv):
             result = evaluate(model, val_windows, cfg, rank, ranks, device, autocast)
             loss = result["val_ce"]
             row = {"step": done, "tokens": done * step_tokens, "lr": lr, "tokens_per_s": speed}
-            row |= dict(zip(("loss", *PRISM.TERMS), (sums[:5] / sums[5]).tolist())) | result
+            row |= dict(zip(("loss", *PRISM.TERMS), (sums[:-1] / sums[-1]).tolist())) | result
             rows.append({name: round(value, 6) for name, value in row.items()})
             sums = torch.zeros_like(sums)
             is_best = result["val_ce"] < best

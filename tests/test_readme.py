@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-SMALL = {"train.py": "--max_iters=40 --eval_interval=40 --n_layer=1 --n_head=2 --n_embd=32 --n_proto=64 "
-                     "--top_k=4 --block_size=64 --batch_size=4 --total_batch_tokens=512 "
+SMALL = {"train.py": "--max_iters=40 --eval_interval=40 --n_layer=1 --n_head=2 --n_embd=32 "
+                     "--n_proto=64 --top_k=4 --block_size=64 --batch_size=4 --total_batch_tokens=512 "
                      "--eval_tokens=2000 --dtype=float32 --device=cpu",
          "prepare.py": "--vocab_size=400 --data_dir=.",
          "suppress.py find": "--tokens=4000 --price=50",
@@ -61,7 +61,9 @@ def folder(tmp_path_factory):
     prepare.SOURCES["pydoc"] = (pydoc, *rest)
 
 
-def test_every_command_of_the_readme_runs(folder, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def ran(folder):
+    """Every command of the README, run; the folder that they wrote into."""
     commands = shown_commands()
     assert len(commands) >= 20
     kinds = {words[0] for words in commands}
@@ -77,9 +79,10 @@ def test_every_command_of_the_readme_runs(folder, capsys, monkeypatch):
             module = importlib.import_module(Path(script).stem)
             assert (ROOT / script).is_file()
             if "fineweb_edu" in options:                          # a download of 28 GB
-                with pytest.raises(ModuleNotFoundError, match="huggingface_hub|pyarrow"):
-                    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-                    monkeypatch.setitem(sys.modules, "pyarrow", None)
+                with pytest.raises(ModuleNotFoundError, match="huggingface_hub|pyarrow"), \
+                        pytest.MonkeyPatch.context() as patch:
+                    patch.setitem(sys.modules, "huggingface_hub", None)
+                    patch.setitem(sys.modules, "pyarrow", None)
                     module.prepare(["fineweb_edu"], module.parse_config(
                         module.PrepareConfig, [*options[1:], "--tokenizer=byte", *extra]))
                 continue
@@ -89,10 +92,13 @@ def test_every_command_of_the_readme_runs(folder, capsys, monkeypatch):
                 continue
             first = [word for word in options if not word.startswith("--")]
             module.main([*first, *extra, *options[len(first):]])
-    capsys.readouterr()
+    return folder
+
+
+def test_every_command_of_the_readme_runs(ran):
     for name in ("out/report.html", "out/loss.png", "out/gains/examples.sweep.json",
                  "out-mine-dense/ckpt.pt", "out-130m/ckpt.pt"):
-        assert (folder / name).exists(), name
+        assert (ran / name).exists(), name
 
 
 def torchrun(script, options):
@@ -104,7 +110,7 @@ def torchrun(script, options):
     assert r.returncode == 0, r.stderr[-2000:]
 
 
-def test_the_readmes_python_runs(folder):
+def test_the_readmes_python_runs(ran):
     block = re.search(r"## From Python\n\n((?:    .*\n|\n)+)", README)[1]
     code = "".join(line[4:] + "\n" for line in block.splitlines())
     names = {}

@@ -91,7 +91,7 @@ def sweep_of(out, **changes):
     """A file as suppress.py sweep writes, for the weights in out."""
     row = dict(size=4, setting=HOSTILE, loss_percent=0.1, rate=0.5, control_loss_percent=0.2,
                control_rate=0.9)
-    rows = [dict(row, mode=mode) for mode in ("zero", "fit", "chosen")]
+    rows = [dict(row, mode=mode) for mode in ("shared", "fit", "chosen")]
     sweep = dict(behavior=r"$\frac{" + HOSTILE, price=0.25, rows=rows,
                  checkpoint=Index(out, "cpu").run.hash, before=[[3, HOSTILE], [2, HOSTILE]],
                  after=[[0, STRANGE]])

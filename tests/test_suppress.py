@@ -185,7 +185,7 @@ def test_find_apply_and_sweep(out, run, capsys):
     written = path.read_text()
     found = json.loads(written)
     assert [*found] == ["checkpoint", "behavior", "found", "ids", "gains"]
-    assert found["behavior"] == "h" and found["found"]["by"] in ("zero", "fit")
+    assert found["behavior"] == "h" and found["found"]["by"] in ("shared", "fit")
     gains = common.load_gains(path, run.model)
     assert (gains != 1).sum() == len(found["ids"]) > 0
     suppress.main(find)
@@ -207,7 +207,7 @@ def test_find_apply_and_sweep(out, run, capsys):
     assert result["checkpoint"] == run.hash and result["price"] == 1000
     chosen = result["rows"][-1]
     assert chosen["mode"] == "chosen" and chosen["size"] == len(found["ids"])
-    assert {row["mode"] for row in result["rows"]} == {"zero", "fit", "chosen"}
+    assert {row["mode"] for row in result["rows"]} == {"shared", "fit", "chosen"}
     w, _, _, test = behavior_states(run, "h", 1500, 2)
     before, after = (measure(run.model, test, w, g) for g in (None, gains))
     assert (chosen["loss_percent"], chosen["rate"]) == suppress.effect(test, before, after)
@@ -215,7 +215,7 @@ def test_find_apply_and_sweep(out, run, capsys):
     for (n, old), (m, new) in zip(result["before"], result["after"]):
         assert old[:8] == new[:8] and n == old[8:].count("h") and m == new[8:].count("h")
     assert result["before"][0][0] >= result["before"][3][0] > 0
-    suppress.main([*find, "--mode=zero"])
+    suppress.main([*find, "--mode=shared"])
     assert not path.with_suffix(".sweep.json").exists()  # it was measured with other gains
 
 
@@ -229,9 +229,9 @@ def test_bad_input_is_refused(out, run, tmp_path, monkeypatch):
             (["find", "--behavior=zebra"], "never occurs in"),
             (["find"], "never occurs in"),
             (["find", "--behavior=("], "expected a regular expression"),
-            (["find", "--behavior=(?s).", "--mode=zero"], "raise --price"),
-            ([*cat, "--mode=half"], "mode half (auto, zero, fit)"),
-            ([*cat, "--price=-99", "--mode=zero"], "raise --price"),
+            (["find", "--behavior=(?s).", "--mode=shared"], "raise --price"),
+            ([*cat, "--mode=half"], "mode half (auto, shared, fit)"),
+            ([*cat, "--price=-99", "--mode=shared"], "raise --price"),
             (["apply", "--num_samples=0"], "num_samples=0"),
             (["apply", "--temperature=-1"], "temperature=-1"),
             (["apply"], "suppress.py find writes one"),
