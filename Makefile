@@ -18,7 +18,7 @@ test: .venv/ready
 	$(RUN) -m pytest -q tests
 
 .venv/ready: requirements.txt
-	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed' * (sys.version_info < (3, 11)))"
+	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed')"
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch .venv/ready
