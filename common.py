@@ -154,10 +154,10 @@ def load_gains(path, model):
     product = torch.ones(M, device=model.W.device)
     for name in str(path).split(","):
         with reading(f"gains file '{name}'", "python suppress.py find writes one"):
-            about = json.loads(Path(name).read_text("utf-8"))
-            if about["checkpoint"] != fingerprint(model.state_dict()):
+            content = json.loads(Path(name).read_text("utf-8"))
+            if content["checkpoint"] != fingerprint(model.state_dict()):
                 raise ValueError("it was made for another checkpoint")
-            ids, values = about["ids"], torch.tensor(about["gains"], dtype=torch.float32)
+            ids, values = content["ids"], torch.tensor(content["gains"], dtype=torch.float32)
             distinct = len(set(ids) & set(range(M)))
             if not distinct == len(ids) == len(values) or not values.isfinite().all():
                 raise ValueError(f"expected finite gains and as many different ids below {M}")
@@ -169,17 +169,17 @@ def load_gains(path, model):
 def load_tokenizer(folder):
     """The tiktoken.Encoding of a prepared dataset or a run."""
     import tiktoken
-    folder, ranks = Path(folder), {}
+    folder, numbers = Path(folder), {}
     with reading(f"the tokenizer in {folder}", "run: python data/prepare.py"):
-        about = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        settings = json.loads((folder / "tokenizer.json").read_text("utf-8"))
         for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines():
-            piece, rank = line.split()
-            ranks[base64.b64decode(piece)] = int(rank)
-        numbers = {*ranks.values(), about["eot"]}
-        if len(numbers) != len(ranks) + 1 or min(numbers) < 0 or max(numbers) >= 2 ** 31:
+            piece, number = line.split()
+            numbers[base64.b64decode(piece)] = int(number)
+        used = {*numbers.values(), settings["eot"]}
+        if len(used) != len(numbers) + 1 or min(used) < 0 or max(used) >= 2 ** 31:
             raise ValueError("two tokens share a number, or one is out of range")
-        return tiktoken.Encoding(about["name"], pat_str=about["pattern"], mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": about["eot"]})
+        return tiktoken.Encoding(settings["name"], pat_str=settings["pattern"], mergeable_ranks=numbers,
+                                 special_tokens={"<|endoftext|>": settings["eot"]})
 
 
 def dataset_folder(name):
