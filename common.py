@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 
 from prism import PRISM, PRISMConfig, UserError
@@ -168,18 +169,17 @@ def load_gains(path, model):
 # --------------------------------------- prepared datasets
 def load_tokenizer(folder):
     """The tiktoken.Encoding of a prepared dataset or a run."""
-    import tiktoken
     folder, numbers = Path(folder), {}
     with reading(f"the tokenizer in {folder}", "run: python data/prepare.py"):
-        settings = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        facts = json.loads((folder / "tokenizer.json").read_text("utf-8"))
         for line in (folder / "tokenizer.tiktoken").read_bytes().splitlines():
             piece, number = line.split()
             numbers[base64.b64decode(piece)] = int(number)
-        used = {*numbers.values(), settings["eot"]}
+        used = {*numbers.values(), facts["eot"]}
         if len(used) != len(numbers) + 1 or min(used) < 0 or max(used) >= 2 ** 31:
             raise ValueError("two tokens share a number, or one is out of range")
-        return tiktoken.Encoding(settings["name"], pat_str=settings["pattern"], mergeable_ranks=numbers,
-                                 special_tokens={"<|endoftext|>": settings["eot"]})
+        return tiktoken.Encoding(facts["name"], pat_str=facts["pattern"], mergeable_ranks=numbers,
+                                 special_tokens={"<|endoftext|>": facts["eot"]})
 
 
 def dataset_folder(name):
