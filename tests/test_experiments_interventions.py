@@ -290,7 +290,7 @@ def test_suppression_against_its_rivals(run, tmp_path):
     sides = result["sides"]
     assert list(sides) == ["before", "gains", "control 1", "control 2", "control 3", "ban", "bias",
                            "finetune"]
-    assert result["behavior"] == "a" and result["found"]["by"] in ("zero", "fit")
+    assert result["behavior"] == "a" and result["found"]["by"] in ("shared", "fit")
     file = json.loads((run / "gains/a.json").read_text())
     assert result["found"]["prototypes"] == len(file["ids"])
     assert sides["before"]["rate"] == 1 and sides["before"]["loss_percent"] == [0, 0, 0]
