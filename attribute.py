@@ -30,7 +30,7 @@ from common import (Run, parse_config, plain, reading, run_command, run_main, wi
                     write_json)
 from prism import UserError, log_softmax_chunks, mix
 
-MU_SHARE = 0.1   # of the median block's mean eigenvalue; results are flat from 0.0003 to 0.3
+MU_SHARE = 0.1   # of the median block's mean eigenvalue; results are flat from 0.001 to 0.1
 EOT = "<|endoftext|>"  # ends every document
 
 
@@ -121,8 +121,7 @@ def spread(r, v, n_proto):
 
 
 def curvature_product(W, r, v):
-    """The joint Hessian of N tokens, without mu, times v (Q, M, d) -> (Q, M, d), never formed.
-    Its block i, j is sum_s a_si a_sj W^T (diag pi_s - pi_s pi_s^T) W."""
+    """The joint Hessian, sum_s a_si a_sj W^T (diag pi_s - pi_s pi_s^T) W, times v (Q, M, d)."""
     out = []
     for vq in v:
         u = mix(r.ids, r.gates, vq) @ W.T                         # (N, V) W sum_j a_sj v_j
@@ -185,7 +184,8 @@ def layout(c, n):
 def build_index(run, mu=0.0, max_windows=0):
     """One pass over the training windows -> out_dir/attribution, complete or not there."""
     c = run.model.config
-    starts = seen_windows(run.ckpt, len(run.train))
+    with reading(f"{run.out_dir}/ckpt.pt", "train it with train.py"):
+        starts = seen_windows(run.ckpt, len(run.train))
     if max_windows:
         starts = np.sort(np.random.default_rng(0).permutation(starts)[:max_windows])
     new, final = run.out_dir / "attribution.tmp", run.out_dir / "attribution"
@@ -230,6 +230,8 @@ class Index:
                 if (array.dtype, array.shape) != form:
                     raise ValueError(f"{name}.npy has {array.dtype} {array.shape}")
                 setattr(self, name, np.asarray(array))
+            if self.ids.max() >= len(self.factors) or not self.meta["mu"] > 0:
+                raise ValueError("its prototypes or mu are out of range")
         self.doc_of = np.searchsorted(run.doc_start, self.positions, side="right") - 1
         self.unit_of = {"token": np.arange(len(self.doc_of)),     # of each indexed token
                         "document": self.doc_of,
@@ -277,8 +279,7 @@ class Index:
         return x
 
     def token_scores(self, x):
-        """(4): I(s) = sum_i a_si g_s . x_i of each indexed token. x (Q, M, d) -> (Q, N) float64.
-        Reads the postings of prototypes with x_i != 0 alone: for blocks, the target's own."""
+        """(4): I(s) = sum_i a_si g_s . x_i of each indexed token. x (Q, M, d) -> (Q, N)."""
         gates = self.gates.ravel()
         errors = torch.from_numpy(self.errors)
         scores = np.zeros((len(self.positions), len(x)))
@@ -322,8 +323,7 @@ class Index:
                 "opponents": self.entries(level, scores, x[0], top, -1)}
 
     def entries(self, level, token_scores, x, top, sign):
-        """The units of the largest sign * score, each with its strongest token and the prototypes'
-        shares of that token's score. token_scores (N,), x (M, d) -> a list of dicts."""
+        """The units of the largest sign * score, each with its strongest token -> dicts."""
         run = self.run
         found = []
         scores = sign * self.sums(token_scores, level)
@@ -368,7 +368,7 @@ class Index:
 
 def index(argv):
     cfg = parse_config(IndexConfig, argv)
-    if not min(cfg.mu, cfg.max_windows) >= 0:
+    if min(cfg.mu, cfg.max_windows) < 0:
         raise UserError("mu and max_windows: expected 0 or more")
     build_index(Run(cfg.out_dir, cfg.device), cfg.mu, cfg.max_windows)
     print(f"next: python attribute.py query --out_dir={cfg.out_dir} --prompt=\"...\"")

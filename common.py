@@ -44,6 +44,8 @@ def parse_config(cls, argv):
             if kinds[key] is bool:
                 value = {"": True, "true": True, "false": False}[value.lower()]
             setattr(cfg, key, kinds[key](value))
+            if kinds[key] in (int, float) and not abs(getattr(cfg, key)) < 2 ** 40:
+                raise ValueError("not a number in range")
         except (KeyError, ValueError):
             raise UserError(f"{word}: {key} takes --{key}={kinds[key].__name__}") from None
     return cfg
@@ -55,7 +57,7 @@ def print_help(cls):
         notes.update(re.findall(r"^    (\w+):.*?# (.*)$", inspect.getsource(base), re.M))
     print(sys.modules[cls.__module__].__doc__)
     for f in fields(cls):
-        print(f"  --{f.name}={f.default}".ljust(36), notes.get(f.name, ""))
+        print(f"  --{f.name}={f.default!r}".ljust(36), notes.get(f.name, ""))
     raise SystemExit(0)
 
 
@@ -72,7 +74,7 @@ def run_main(main):
     try:
         status = main(sys.argv[1:]) or 0
     except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {plain(str(e))}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
@@ -80,7 +82,6 @@ def run_main(main):
         status = e.code or 0
     if "RANK" in os.environ:  # gloo's threads can abort an interpreter that shuts down
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -125,7 +126,7 @@ def reading(what, advice):
 
 def load_tensors(path, device="cpu"):
     """torch.load that runs no code from the file."""
-    with reading(path, "train a model first, or restore it: python train.py"):
+    with reading(path, "train first: python train.py; remove the folder if it is damaged"):
         return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -151,17 +152,16 @@ def fingerprint(state):
 def load_gains(path, model):
     """A gains file {"checkpoint", "ids", "gains", ...} -> (M,) float tensor, 1 where unnamed;
     "one.json,two.json" multiplies. Raises UserError for a file of another checkpoint."""
-    M = model.config.n_proto
-    product = torch.ones(M, device=model.W.device)
+    product = torch.ones(model.config.n_proto, device=model.W.device)
     for name in str(path).split(","):
         with reading(f"gains file '{name}'", "python suppress.py find writes one"):
             content = json.loads(Path(name).read_text("utf-8"))
             if content["checkpoint"] != fingerprint(model.state_dict()):
                 raise ValueError("it was made for another checkpoint")
             ids, values = content["ids"], torch.tensor(content["gains"], dtype=torch.float32)
-            distinct = len(set(ids) & set(range(M)))
-            if not distinct == len(ids) == len(values) or not values.isfinite().all():
-                raise ValueError(f"expected finite gains and as many different ids below {M}")
+            distinct = len(set(ids) & set(range(len(product))))
+            if not distinct == len(ids) == len(values) or not (values.abs() < 1e6).all():
+                raise ValueError("expected finite gains and as many different ids below n_proto")
             product[torch.tensor(ids, dtype=torch.long)] *= values.to(product)
     return product
 

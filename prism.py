@@ -320,7 +320,7 @@ class PRISM(nn.Module):
 
     @torch.no_grad()
     def start_prototypes(self, idx):
-        """Sets the prototypes to hidden states of the tokens idx (B, T), scaled to one length that
+        """Sets the prototypes to hidden states of the tokens idx (B, T), times one factor that
         minimises the mean |z - zhat|^2. For a trunk that is trained already."""
         training = self.training
         z = self.eval().hidden(idx).flatten(0, 1)                 # (N, d)

@@ -40,15 +40,15 @@ class ReportConfig:
     device: str = "auto"      # auto, cpu, cuda or mps
 
 
-# ------------------------------------------- plots
-
+# --------------------------------------- plots
 def read_metrics(path):
     """A metrics.csv -> rows {column: number or None}; no file, no rows."""
     if not Path(path).exists():
         return []
     with reading(path, "restore it, or move it away"), open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-        return [{key: float(x) if x else None for key, x in row.items()} for row in rows]
+        rows = csv.DictReader(f)
+        rows = [{key: float(x) if x else None for key, x in row.items()} for row in rows]
+        return [row for row in rows if row["val_ce"] is not None]
 
 
 def draw_loss(path, rows, twin):

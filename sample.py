@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import Run, load_gains, parse_config, run_main
+from common import Run, load_gains, parse_config, plain, run_main
 from prism import UserError
 
 
@@ -28,13 +28,13 @@ class SampleConfig:
 
 
 def sample(run, ids, gains, cfg):
-    idx = torch.tensor([ids], device=run.device)
-    eot = run.tokenizer.eot_token
+    idx, eot = torch.tensor([ids], device=run.device), run.tokenizer.eot_token
     for i in range(cfg.num_samples):
         out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
                                  cfg.seed + i, gains, run.tokenizer.n_vocab)
         tokens = out[0].tolist() + [eot]
-        print(run.decode(tokens[:tokens.index(eot)]))             # up to the end of the text
+        text = run.decode(tokens[:tokens.index(eot)])             # up to the end of the text
+        print(plain(text, keep="\n"))
         print("-" * 20)
 
 

@@ -305,7 +305,7 @@ def find(argv):
         raise UserError(f"mode {cfg.mode} (auto, shared, fit): none at {cfg.price}%; raise --price")
     path = run.out_dir / "gains" / f"{cfg.name}.json"
     write_gains(path, run, best, behavior=cfg.behavior, found=found)
-    print(f"{path}: {found['by']} {found['size']}, {found['setting']}")
+    print(f"{path}: {found['by']}, loss {found['tuning_loss_percent']:+.2f}%, rate x {lowest:.3f}")
 
 
 # ------------------------------------------- apply and sweep: before and after

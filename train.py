@@ -53,14 +53,15 @@ class TrainConfig(PRISMConfig):
     eval_tokens: int = 0              # validation tokens that an evaluation reads; 0 reads all
     device: str = "auto"              # auto, cpu, cuda or mps
     dtype: str = "auto"               # float32, bfloat16 (autocast) or auto, as the device prefers
-    compile: str = "auto"             # on, off or auto: on a GPU, where there is a C compiler
+    compile: str = "auto"             # on, off or auto: on a GPU, where gcc is there
 
     def check_run(self):
         """Raises UserError for a value out of range. PRISM itself checks the model's sizes."""
         for name, value in asdict(self).items():
             least = 1 if name in POSITIVE else 0
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise UserError(f"{name} is {value}, expected at least {least}")
+            most = 1 if name in ("beta1", "beta2") else math.inf
+            if isinstance(value, (int, float)) and not least <= value < most:
+                raise UserError(f"{name} is {value}, expected at least {least}, below {most}")
             if value not in CHOICES.get(name, [value]):
                 raise UserError(f"{name} is {value}, expected {' or '.join(CHOICES[name])}")
         return self
@@ -250,7 +251,8 @@ def main(argv):
         with reading(last_path, "remove it to start afresh"):
             model.load_state_dict(last["model"])
             optimizer.load_state_dict(last["optimizer"])
-            start, best, rows = last["step"], last["best"], last.get("rows", [])
+            start, best = int(last["step"]), float(last["best"])
+            rows = [dict(row) for row in last.get("rows", [])]
             sums += last["sums"].to(device)
     elif source:
         model.transformer.load_state_dict(source.transformer.state_dict())
@@ -264,7 +266,6 @@ def main(argv):
     step_model = torch.compile(model) if compiled else model
     if ranks > 1:
         step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True)
-
     def say(text):
         if rank == 0:
             print(text, flush=True)
@@ -278,7 +279,7 @@ def main(argv):
         for name in ("tokenizer.tiktoken", "tokenizer.json"):
             with atomic(out_dir / name) as f:
                 f.write((folder / name).read_bytes())
-        for leftover in out_dir.glob("*.tmp"):                    # of a run that was killed
+        for leftover in out_dir.glob("*.*.tmp"):                    # of a run that was killed
             leftover.unlink()
     stop = []  # signals that came
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -336,7 +337,6 @@ def main(argv):
                 "data": meta["sha256"]["train.bin"], "sums": sums, "rows": rows})
         if stopping:
             break
-
     if ranks > 1:
         dist.barrier()                                            # rank 0 may still write
     if stop:

@@ -429,7 +429,7 @@ def test_the_command_line(made, capsys):
                            (["index", "--mu=-1"], "mu and max_windows: expected 0 or more"),
                            (["index", "--max_windows=-1"], "expected 0 or more"),
                            (["index", "--mus=1"], "the nearest is --mu"),
-                           (["query", "--out_dir=nowhere"], "train a model first"),
+                           (["query", "--out_dir=nowhere"], "train first"),
                            (["query", f"--out_dir={made}"], "the prompt is empty")):
         refusal(attribute.main, words, match=message)
 

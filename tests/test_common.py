@@ -77,7 +77,7 @@ def test_help_lists_each_option_with_default_and_comment(capsys):
     assert lines[0] == __doc__
     assert [line.split() for line in lines if line.startswith("  --")] == [
         "--steps=10 number of steps".split(), "--rate=0.5 its size".split(),
-        "--prompt= text, 'quoted' or not".split(), "--quiet=False print nothing".split()]
+        "--prompt='' text, 'quoted' or not".split(), "--quiet=False print nothing".split()]
 
 
 def test_subcommands_come_first(capsys):
@@ -117,7 +117,7 @@ def test_a_script_ends_with_one_line_and_status_2():
     done = subprocess.run([sys.executable, ROOT / "attribute.py", "query", "--out_dir=nowhere"],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"error: nowhere.* cannot be used .*python train.py\n", done.stderr)
+    assert re.fullmatch(r"error: nowhere.* cannot be used .*python train.py.*\n", done.stderr)
 
 
 def test_plain_text_cannot_act():
@@ -198,7 +198,7 @@ def test_checkpoints_of_others_are_refused_and_never_run(tmp_path, capsys):
         refusal(common.load_checkpoint, tmp_path, match="cannot be used .*'model' and 'config'")
     torch.save({"model": {}, "config": config | {"top_k": 6}}, path)
     refusal(common.load_checkpoint, tmp_path, match="top_k is 6")
-    refusal(common.load_checkpoint, tmp_path / "nowhere", match="train a model first")
+    refusal(common.load_checkpoint, tmp_path / "nowhere", match="train first")
     assert "never run" not in capsys.readouterr().out
 
 
@@ -227,11 +227,12 @@ def test_gains_files(tmp_path):
     refusal(load_gains, f"{path},{tmp_path}/none.json", model, match="FileNotFoundError")
     for changes, message in (
             (dict(checkpoint="ff"), "it was made for another checkpoint"),
-            (dict(ids=[1, 5]), "different ids below 5"), (dict(ids=[-1, 1]), "different ids"),
+            (dict(ids=[1, 5]), "different ids below n_proto"), (dict(ids=[-1, 1]), "different ids"),
             (dict(ids=[1, 1]), "different ids"), (dict(ids=[1]), "as many different ids"),
             (dict(ids=[0.5, 1]), "different ids"), (dict(gains=[1.0] * 10 ** 5), "as many"),
             (dict(ids=list(range(10 ** 5))), "as many"), (dict(gains=[1, math.nan]), "finite"),
             (dict(gains=[1, math.inf]), "finite"), (dict(gains=[1, 1e300]), "finite"),
+            (dict(gains=[1, 3e38]), "finite"),
             (dict(gains=[1, 10 ** 400]), ""), (dict(gains=["0", "1"]), ""), (dict(gains=1), ""),
             (dict(gains=[[0.0], [1.0]]), ""), (dict(gains=[[0.0, 1.0]], ids=[1]), ""),
             (dict(ids={"1": 0, "4": 0}), ""), (dict(ids="", gains=[]), ""), (dict(ids=None), "")):
