@@ -257,9 +257,8 @@ class PRISM(nn.Module):
         c, z = self.config, self.hidden(idx)
         if targets is None:
             return self.logits(z[:, -1:], gains), None
-        y = targets.flatten()
-        total = LinearCrossEntropy.apply(self.steer(z, gains).flatten(0, 1), self.W, y)
-        ce = total / (y >= 0).sum()
+        states, y = self.steer(z, gains), targets.flatten()
+        ce = LinearCrossEntropy.apply(states.flatten(0, 1), self.W, y) / (y >= 0).sum()
         loss = ce
         rec = t2p = p2t = ce.new_zeros(())
         if c.n_proto:
@@ -272,7 +271,7 @@ class PRISM(nn.Module):
             loss = ce + c.lambda_rec * rec + c.lambda_t2p * t2p + c.lambda_p2t * p2t
         if return_terms:
             return loss, torch.stack((ce, rec, t2p, p2t)).detach()
-        return self.logits(z, gains), loss
+        return F.linear(states, self.W), loss
 
     @torch.no_grad()
     def explain(self, idx, targets=None, gains=None):
