@@ -216,8 +216,7 @@ class PRISM(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise UserError(f"{end} tokens, more than block_size = {self.config.block_size}")
-        x = t.wte(idx) + t.wpe.weight[start:end]
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(t.wte(idx) + t.wpe.weight[start:end], self.config.dropout, self.training)
         for i, block in enumerate(t.h):
             x = block(x, past[i] if past else None)
         return t.ln_f(x)
@@ -244,13 +243,11 @@ class PRISM(nn.Module):
 
         Without targets only the last position's logits, and loss None. The trainer sets
         return_terms and gets loss, terms (4,), detached; whole logits are never held then.
-
             ce   next-token cross-entropy, in nats
             rec  mean_t |z_t - zhat_t|^2 / mean_t |z_t|^2, the denominator detached
             t2p  1 - mean_t max_i s_ti, each token state has a near prototype
             p2t  1 - mean_i max_t s_ti, each prototype has a near token state
             loss = ce + lambda_rec rec + lambda_t2p t2p + lambda_p2t p2t
-
         Slices and residual add back to W z, so ce sends no gradient to the prototypes. In training
         the last three are taken over the first head_share of the windows, which come at random.
         """
@@ -279,7 +276,8 @@ class PRISM(nn.Module):
         logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, exactly."""
         z = self.hidden(idx)
         logits = self.logits(z, gains)
-        targets = logits.argmax(-1) if targets is None else targets
+        if targets is None:
+            targets = logits.argmax(-1)
         w = self.W[targets]                                       # (B, T, d)
         logit = logits.gather(-1, targets[..., None])[..., 0]
         m = self.mixture(z)
@@ -292,19 +290,18 @@ class PRISM(nn.Module):
                            slices.view(shape), residual)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=1337, gains=None,
-                 n_vocab=None):
-        """Continues idx (B, T) -> (B, T + max_new_tokens). temperature 0 is greedy; top_k keeps the
-        likeliest tokens; n_vocab is the tokenizer's size, where vocab_size is rounded up. When the
-        context is full, its newer half is kept and read afresh."""
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=1337, gains=None,
+               n_vocab=None):
+        """Yields the tokens (B, 1) that follow idx (B, T). temperature 0 is greedy; top_k keeps the
+        likeliest of the first n_vocab tokens. A full context is cut to its newer half."""
         T = self.config.block_size
         rng = torch.Generator(idx.device)
         rng.manual_seed(seed)
-        new, past, start = idx, [[] for _ in self.transformer.h], 0
+        new, past = idx, [[] for _ in self.transformer.h]
         for _ in range(max_new_tokens):
-            if idx.size(1) - start > T:
-                start = idx.size(1) - max(1, T // 2)
-                new, past = idx[:, start:], [[] for _ in self.transformer.h]
+            if idx.size(1) > T:
+                new = idx = idx[:, -max(1, T // 2):]
+                past = [[] for _ in self.transformer.h]
             logits = self.logits(self.hidden(new, past)[:, -1], gains)[:, :n_vocab].float()
             if top_k:
                 least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
@@ -315,7 +312,11 @@ class PRISM(nn.Module):
             else:
                 new = logits.argmax(-1, keepdim=True)
             idx = torch.cat((idx, new), 1)
-        return idx
+            yield new
+
+    def generate(self, idx, *args, **options):
+        """As stream; all at once: idx (B, T) -> (B, T + max_new_tokens)."""
+        return torch.cat((idx, *self.stream(idx, *args, **options)), 1)
 
     @torch.no_grad()
     def start_prototypes(self, idx):

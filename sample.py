@@ -4,12 +4,15 @@
     python sample.py --prompt="Return the number of" --explain
 
 The ledger of a token y:  logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, residual + slices.
+The three largest slices stand under it; report.py gives the prototypes' labels.
 """
+import codecs
+import json
 from dataclasses import dataclass
 
 import torch
 
-from common import Run, load_gains, parse_config, plain, run_main
+from common import Run, load_gains, parse_config, plain, reading, run_main
 from prism import UserError
 
 
@@ -28,19 +31,33 @@ class SampleConfig:
 
 
 def sample(run, ids, gains, cfg):
-    idx, eot = torch.tensor([ids], device=run.device), run.tokenizer.eot_token
-    for i in range(cfg.num_samples):
-        out = run.model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
-                                 cfg.seed + i, gains, run.tokenizer.n_vocab)
-        tokens = out[0].tolist() + [eot]
-        text = run.decode(tokens[:tokens.index(eot)])             # up to the end of the text
-        print(plain(text, keep="\n"))
-        print("-" * 20)
-
-
-def explain(run, ids, gains, top=4):
-    """Prints the ledger: a line per token, with its `top` largest slices."""
+    """Prints continuations, each token as it comes, up to the end of the text."""
     idx = torch.tensor([ids], device=run.device)
+    for i in range(cfg.num_samples):
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # a token may end in a character
+        print(plain(run.decode(ids), keep="\n"), end="")
+        for new in run.model.stream(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k,
+                                    cfg.seed + i, gains, run.tokenizer.n_vocab):
+            if new.item() == run.tokenizer.eot_token:
+                break
+            text = utf8.decode(run.tokenizer.decode_single_token_bytes(new.item()))
+            print(plain(text, keep="\n"), end="", flush=True)
+        print("\n" + "-" * 20)
+
+
+def load_labels(run):
+    """The labels of the prototypes' cards, {"12": "label"}; none before report.py wrote them."""
+    path = run.out_dir / "labels.json"
+    if not path.exists():
+        return {}
+    with reading(path, "write it anew: python report.py"):
+        content = json.loads(path.read_text("utf-8"))
+        return dict(content["labels"]) if content["checkpoint"] == run.hash else {}
+
+
+def explain(run, ids, gains, top=3):
+    """Prints the ledger: per token its logit as a sum, and under it the `top` largest slices."""
+    idx, labels = torch.tensor([ids], device=run.device), load_labels(run)
     logits, _ = run.model(idx, gains=gains)
     likeliest = logits[0, -1, :run.tokenizer.n_vocab].argmax().item()
     targets = [*ids[1:], likeliest]
@@ -49,12 +66,13 @@ def explain(run, ids, gains, top=4):
     slices = e.contributions[0].double()                          # (T, k)
     residual = e.residual[0].double()                             # (T,)
     total = slices.sum(-1)
-    print("           token     logit =  residual +    slices   largest, prototype: share (gate)")
+    print("           token     logit =  residual +    slices")
     for t, y in enumerate(targets):
-        largest = slices[t].abs().argsort(descending=True)[:top]
-        parts = [f"{protos[t, j]}: {slices[t, j]:+.3f} ({gates[t, j]:.2f})" for j in largest]
         token = repr(run.decode([y]))
-        print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}  ", *parts)
+        print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}")
+        for j in slices[t].abs().argsort(descending=True)[:top]:
+            label = plain(str(labels.get(str(protos[t, j].item()), "")))
+            print(f"{slices[t, j]:+38.3f}  #{protos[t, j]} ({gates[t, j]:.2f}) {label}")
     error = (residual + total - logit).abs().max()
     print(f"the last token is the likeliest; largest |residual + slices - logit|: {error:.1e}")
 

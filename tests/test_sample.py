@@ -44,23 +44,49 @@ def test_samples_follow_the_seed(tmp_path, dataset, capsys, n_proto):
 def test_a_sample_ends_where_its_text_does(tmp_path, dataset, capsys, monkeypatch):
     out = tmp_path / "out"
     write_model(out, dataset)
-    continued = torch.tensor([[*b"the cat", *b" sat", 256, *b" on"]])
-    monkeypatch.setattr("prism.PRISM.generate", lambda self, *words: continued)
-    assert printed(capsys, out).startswith("the cat sat\n----")
+    drawn = []
+
+    def stream(self, *words):
+        for token in (*" säт\x1b".encode(), 0xff, 256, *b" on"):
+            drawn.append(token)
+            yield torch.tensor([[token]])
+    monkeypatch.setattr("prism.PRISM.stream", stream)
+    # characters of two bytes come whole, a lone byte and an escape cannot act
+    assert printed(capsys, out).startswith("the cat säт\\x1b\ufffd\n----")
+    assert drawn[-1] == 256                                       # nothing is computed behind it
+
+
+def test_tokens_come_as_they_are_drawn(tmp_path, dataset, monkeypatch):
+    out = tmp_path / "out"
+    model = write_model(out, dataset)
+    idx = torch.tensor([list(b"the cat")])
+    shown, known = [], []
+    monkeypatch.setattr("builtins.print", lambda text, **more: shown.append(text))
+
+    def stream(self, *words):
+        for token in b" sat":
+            known.append("".join(shown))
+            yield torch.tensor([[token]])
+    with monkeypatch.context() as m:
+        m.setattr("prism.PRISM.stream", stream)
+        sample.main([f"--out_dir={out}", "--prompt=the cat", "--device=cpu"])
+    assert known == ["the cat", "the cat ", "the cat s", "the cat sa"]
+    drawn = list(model.stream(idx, 30, seed=3))
+    assert torch.equal(torch.cat((idx, *drawn), 1), model.generate(idx, 30, seed=3))
 
 
 def test_the_ledger_adds_up_and_obeys_gains(tmp_path, dataset, capsys):
     out, gains = tmp_path / "out", tmp_path / "gains.json"
-    model = write_model(out, dataset)
+    model = write_model(out, dataset, top_k=4)
     about = dict(checkpoint=fingerprint(model.state_dict()), ids=[0, 1, 2], gains=[0.0, 0.0, 3.0])
     gains.write_text(json.dumps(about))
     tables = []
     for words in ((), (f"--gains={gains}",)):
         lines = printed(capsys, out, "--explain", *words).splitlines()
-        assert len(lines) == 9 and "largest |residual + slices - logit|" in lines[-1]
+        assert len(lines) == 1 + 7 * 4 + 1 and "largest |residual + slices - logit|" in lines[-1]
         error = float(lines[-1].split("logit|: ")[1].split()[0])
         assert 0 <= error < 1e-5
-        rows = [line.split("'")[2].replace("=", " ").replace("+ ", " ") for line in lines[1:-1]]
+        rows = [line.split("'")[2].replace("=", " ").replace("+ ", " ") for line in lines[1:-1:4]]
         tables.append([[float(x) for x in row.split()[:3]] for row in rows])
     for logit, residual, slices in tables[0] + tables[1]:
         assert logit == pytest.approx(residual + slices, abs=2e-4)
@@ -71,6 +97,32 @@ def test_the_ledger_adds_up_and_obeys_gains(tmp_path, dataset, capsys):
         want = [logits[t, y].item() for t, y in enumerate(b"he cat")] + [logits[-1].max().item()]
         assert [row[0] for row in table] == pytest.approx(want, abs=2e-4)
     assert tables[0] != tables[1]
+
+
+def test_the_three_largest_slices_stand_under_a_token_with_their_labels(tmp_path, dataset, capsys):
+    out = tmp_path / "out"
+    model = write_model(out, dataset, top_k=4)
+    model.prototypes.data = model.prototypes.data.abs() + model.W[:5].abs()
+    torch.save(dict(model=model.state_dict(), config=asdict(model.config)), out / "ckpt.pt")
+    e = model.explain(torch.tensor([list(b"the cat")]), torch.tensor([list(b"he cats")]))
+    labels = {str(i): f"label {i} \x1b" for i in range(5)}
+    about = dict(checkpoint=fingerprint(model.state_dict()), labels=labels)
+    (out / "labels.json").write_text(json.dumps(about))
+    lines = printed(capsys, out, "--explain").splitlines()
+    for t in range(6):
+        slices = list(zip(e.contributions[0, t].tolist(), e.prototypes[0, t].tolist(),
+                          e.gates[0, t].tolist()))
+        want = sorted(slices, key=lambda s: -abs(s[0]))[:3]
+        for line, (share, i, gate) in zip(lines[2 + 4 * t:], want):
+            assert line.split() == [f"{share:+.3f}", f"#{i}", f"({gate:.2f})", "label", str(i),
+                                    "\\x1b"]
+    about["checkpoint"] = "another"                                # labels of other weights
+    (out / "labels.json").write_text(json.dumps(about))
+    assert "label" not in printed(capsys, out, "--explain")
+    for text in ("[]", "{", '{"labels": 3}'):
+        (out / "labels.json").write_text(text)
+        with pytest.raises(UserError, match="labels.json cannot be used .*python report.py"):
+            printed(capsys, out, "--explain")
 
 
 def test_what_cannot_be_sampled_is_one_line(tmp_path, dataset):
