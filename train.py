@@ -10,13 +10,9 @@ Writes to out_dir: ckpt.pt (best on validation), last.pt (newest), metrics.csv, 
 tokenizer. A resumed run ends with the very weights of a run that was never interrupted.
 """
 import csv
-import ctypes
 import functools
 import io
 import math
-import shutil
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -41,10 +37,12 @@ class TrainConfig(PRISMConfig):
     max_iters: int = 1000             # optimiser steps
     batch_size: int = 16              # windows per micro-batch
     total_batch_tokens: int = 2048    # tokens per step, over all micro-batches and ranks
-    learning_rate: float = 2e-3       # its peak
-    min_lr: float = 2e-4              # at the end of the cosine
-    proto_lr_scale: float = 30.0      # the prototypes' learning rate, as a multiple
+    learning_rate: float = 4e-3       # its peak
+    muon: bool = True                 # Muon for the blocks' matrices; false: AdamW for all
+    embed_lr_scale: float = 2.0       # the embeddings' learning rate, as a multiple
+    proto_lr_scale: float = 15.0      # the prototypes'
     warmup_iters: int = 100           # steps of linear warm-up
+    decay: float = 0.6                # last part of the run, in which the rates fall to zero
     weight_decay: float = 0.1         # on matrices; not on norms, biases and prototypes
     beta1: float = 0.9                # AdamW's
     beta2: float = 0.95               # AdamW's
@@ -53,7 +51,7 @@ class TrainConfig(PRISMConfig):
     eval_tokens: int = 0              # validation tokens that an evaluation reads; 0 reads all
     device: str = "auto"              # auto, cpu, cuda or mps
     dtype: str = "auto"               # float32, bfloat16 (autocast) or auto, as the device prefers
-    compile: str = "auto"             # on, off or auto: on a GPU, where gcc is there
+    compile: bool = True              # on a GPU; needs a C compiler
 
     def check_run(self):
         """Raises UserError for a value out of range. PRISM itself checks the model's sizes."""
@@ -68,7 +66,7 @@ class TrainConfig(PRISMConfig):
 
 
 POSITIVE = "batch_size", "block_size", "total_batch_tokens", "max_iters", "eval_interval"
-CHOICES = {"dtype": ["auto", "float32", "bfloat16"], "compile": ["auto", "on", "off"]}
+CHOICES = {"dtype": ["auto", "float32", "bfloat16"]}
 SHAPE = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias"  # init_from settles it
 MAY_CHANGE = {"out_dir", "resume", "max_iters", "batch_size", "eval_interval", "eval_tokens",
               "device", "dtype", "compile"}                       # on resuming
@@ -87,8 +85,7 @@ def choose_precision(cfg, device):
     if device.type != "cpu":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported()
     low = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and native)
-    pays = device.type == "cuda" and shutil.which("gcc") is not None
-    compiled = pays if cfg.compile == "auto" else cfg.compile == "on"
+    compiled = cfg.compile and device.type == "cuda"
     dtype = torch.bfloat16 if low else torch.float32
     return dtype, compiled, f"{dtype} (native bfloat16: {native}), compiled: {compiled}"
 
@@ -155,25 +152,61 @@ def evaluate(model, windows, cfg, rank, ranks, device, autocast):
             "live": int((sums[5:] > 0).sum())}
 
 
-def make_optimizer(model, cfg):
-    """AdamW. Prototypes follow a trunk that moves: at the trunk's own rate they lag behind it."""
-    trunk = list(model.transformer.parameters())
-    matrices = [p for p in trunk if p.dim() >= 2]
-    vectors = [p for p in trunk if p.dim() < 2]
+def orthogonal(g, dtype):
+    """g (m, n) = U S V' -> about U V', in dtype. Five Newton-Schulz steps push the singular values
+    of g / |g| towards 1: X <- a X + b X X'X + c X X'X X'X (Jordan et al. 2024, with their a, b, c).
+    """
+    wide = g.size(0) <= g.size(1)
+    x = g.to(dtype) if wide else g.to(dtype).T                    # X X' is the smaller product
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        poly = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, poly, x, beta=3.4445)
+    return (x if wide else x.T).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """A matrix moves by its mean gradient made orthogonal: equally far in every direction. Unlike
+    torch.optim.Muon in any dtype: bfloat16 takes ten times as long where a CPU emulates it."""
+    def __init__(self, groups, dtype, momentum=0.95):
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(mean, group["momentum"]), self.dtype)
+                size = 0.2 * math.sqrt(max(p.shape))              # as large as AdamW's (Liu 2025)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-size * group["lr"])
+
+
+def make_optimizers(model, cfg, dtype):
+    """Muon for the matrices of the blocks, AdamW for the rest. Embeddings have few gradients each,
+    and prototypes follow a trunk that moves: both need a higher rate than the matrices."""
+    t, decay = model.transformer, cfg.weight_decay
+    matrices = [p for p in t.h.parameters() if p.dim() == 2]
+    vectors = [p for p in t.parameters() if p.dim() == 1]
     prototypes = [model.prototypes] if model.config.n_proto else []
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay, "scale": 1.0},
+    blocks = [{"params": matrices, "weight_decay": decay, "scale": 1.0}]
+    groups = [{"params": [t.wte.weight, t.wpe.weight], "weight_decay": decay,
+               "scale": cfg.embed_lr_scale},
               {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
               {"params": prototypes, "weight_decay": 0.0, "scale": cfg.proto_lr_scale}]
-    return torch.optim.AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2), fused=True)
+    muon = [Muon(blocks, dtype)] if cfg.muon else []
+    groups += [] if cfg.muon else blocks
+    return [torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=True), *muon]
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up to learning_rate, then a cosine down to min_lr at max_iters."""
-    if step < cfg.warmup_iters:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    done = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return cfg.min_lr + cosine * (cfg.learning_rate - cfg.min_lr)
+    """Linear warm-up, a plateau, and a linear decay to zero at max_iters."""
+    up = (step + 1) / max(1, cfg.warmup_iters)
+    down = (cfg.max_iters - step) / max(1, cfg.decay * cfg.max_iters)
+    return cfg.learning_rate * min(1.0, up, down)
 
 
 def load_start(cfg):
@@ -226,9 +259,6 @@ def save(out_dir, is_best, content):
 def main(argv):
     cfg = parse_config(TrainConfig, argv).check_run()
     rank, ranks, device = set_up_ranks(cfg.device)
-    if sys.platform == "linux":  # glibc keeps freed memory: a CPU's bfloat16 step takes 10% less
-        ctypes.CDLL(None).mallopt(-3, 2 ** 25)                    # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)                # M_TRIM_THRESHOLD
     out_dir, folder = Path(cfg.out_dir), dataset_folder(cfg.dataset)
     train_tokens, val_tokens, meta = load_dataset(folder)
     cfg.vocab_size = cfg.vocab_size or meta["vocab_size"]
@@ -244,16 +274,17 @@ def main(argv):
     val_windows = Windows(val_tokens, T, cfg.seed, cfg.vocab_size, folder / "val.bin")
     torch.manual_seed(cfg.seed)
     model = PRISM(model_config(cfg)).to(device)
-    optimizer = make_optimizer(model, cfg)
+    dtype, compiled, words = choose_precision(cfg, device)
+    optimizers = make_optimizers(model, cfg, dtype)
     start, best, rows = 0, math.inf, []
-    sums = torch.zeros(2 + len(PRISM.TERMS), device=device)  # of this interval: loss, terms, steps
+    sums = torch.zeros(1 + len(PRISM.TERMS), device=device)  # loss and terms since the last row
     if last:
         with reading(last_path, "remove it to start afresh"):
             model.load_state_dict(last["model"])
-            optimizer.load_state_dict(last["optimizer"])
+            for optimizer, state in zip(optimizers, last["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             start, best = int(last["step"]), float(last["best"])
-            rows = [dict(row) for row in last.get("rows", [])]
-            sums += last["sums"].to(device)
+            rows = [dict(row) for row in last["rows"]]
     elif source:
         model.transformer.load_state_dict(source.transformer.state_dict())
         if cfg.n_proto == source.config.n_proto:
@@ -261,14 +292,11 @@ def main(argv):
         elif cfg.n_proto:                                         # they start on states of tokens
             count = max(B, math.ceil(cfg.n_proto / T))
             model.start_prototypes(windows.train(0, count)[0].to(device))
-    dtype, compiled, words = choose_precision(cfg, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
     step_model = torch.compile(model) if compiled else model
     if ranks > 1:
         step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True)
-    def say(text):
-        if rank == 0:
-            print(text, flush=True)
+    say = functools.partial(print, flush=True) if rank == 0 else str
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{meta['name']}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
     say(f"model: {n_params:,} parameters, {cfg.n_proto} prototypes, vocabulary {cfg.vocab_size:,}")
@@ -279,18 +307,16 @@ def main(argv):
         for name in ("tokenizer.tiktoken", "tokenizer.json"):
             with atomic(out_dir / name) as f:
                 f.write((folder / name).read_bytes())
-        for leftover in out_dir.glob("*.*.tmp"):                    # of a run that was killed
+        for leftover in out_dir.glob("*.*.tmp"):                  # of a run that was killed
             leftover.unlink()
-    stop = []  # signals that came
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
 
     done, clock = start, time.perf_counter()
     for step in range(start, cfg.max_iters):
         lr = learning_rate(step, cfg)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        terms = torch.zeros(1 + len(sums), device=device)  # loss, its terms, steps, signals
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+        terms = torch.zeros_like(sums)
         for i in range(rank, micros, ranks):
             micro = step * micros + i                             # the same for any number of ranks
             idx, targets = windows.train(micro * B, B)
@@ -300,16 +326,16 @@ def main(argv):
             with autocast:
                 loss, parts = step_model(idx.to(device), targets.to(device), return_terms=True)
             (loss * ranks / micros).backward()
-            terms[:-2] += torch.cat((loss.detach()[None], parts)) / micros
-        terms[-2], terms[-1] = 1 / ranks, len(stop)
+            terms += torch.cat((loss.detach()[None], parts)) / micros
         if ranks > 1:
             dist.all_reduce(terms)
-        loss, stopping = terms[0].item(), terms[-1].item() > 0    # on all ranks at the same step
+        loss = terms[0].item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
 
-        done, sums, now = step + 1, sums + terms[:-1], time.perf_counter()
+        done, sums, now = step + 1, sums + terms, time.perf_counter()
         speed = (done - start) * step_tokens / (now - clock)
         evaluating = done % cfg.eval_interval == 0 or done == cfg.max_iters
         is_best = False
@@ -317,7 +343,8 @@ def main(argv):
             result = evaluate(model, val_windows, cfg, rank, ranks, device, autocast)
             loss = result["val_ce"]
             row = {"step": done, "tokens": done * step_tokens, "lr": lr, "tokens_per_s": speed}
-            row |= dict(zip(("loss", *PRISM.TERMS), (sums[:-1] / sums[-1]).tolist())) | result
+            means = sums / (done - (rows[-1]["step"] if rows else 0))
+            row |= dict(zip(("loss", *PRISM.TERMS), means.tolist())) | result
             rows.append({name: round(value, 6) for name, value in row.items()})
             sums = torch.zeros_like(sums)
             is_best = result["val_ce"] < best
@@ -330,18 +357,14 @@ def main(argv):
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {done}; the run stops, {out_dir} keeps "
                             "its last checkpoint. Lower --learning_rate or --grad_clip")
-        if rank == 0 and (evaluating or stopping):
+        if rank == 0 and evaluating:
             save(out_dir, is_best, {
                 "model": model.state_dict(), "config": asdict(model.config), "step": done,
-                "best": best, "optimizer": optimizer.state_dict(), "train_config": asdict(cfg),
-                "data": meta["sha256"]["train.bin"], "sums": sums, "rows": rows})
-        if stopping:
-            break
+                "best": best, "rows": rows, "data": meta["sha256"]["train.bin"],
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "train_config": asdict(cfg)})
     if ranks > 1:
         dist.barrier()                                            # rank 0 may still write
-    if stop:
-        say(f"stopped by a signal after step {done}; go on with --resume")
-        sys.exit(128 + stop[0])
     say(f"step {done}: best validation ce {best:.4f} is in {out_dir}/ckpt.pt. "
         f'Next: python sample.py --out_dir={out_dir} --prompt="The"')
 

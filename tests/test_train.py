@@ -25,13 +25,8 @@ TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--n_prot
 
 
 def run(dataset, out, *more):
-    """train.py in this process; gives the signals back to pytest."""
-    keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        train.main([f"--dataset={dataset}", f"--out_dir={out}", *TINY, *more])
-    finally:
-        for s, handler in keep.items():
-            signal.signal(s, handler)
+    """train.py in this process."""
+    train.main([f"--dataset={dataset}", f"--out_dir={out}", *TINY, *more])
 
 
 def spawn(dataset, out, *more, ranks=1):
@@ -76,13 +71,13 @@ def test_a_run_and_what_it_writes(dataset, tmp_path, capsys):
     assert rows[-1]["val_ce"] < rows[0]["val_ce"] < 5.6           # ln 257 = 5.55
     assert all(r[k] >= 0 for r in rows for k in ("rec", "t2p", "p2t", "residual_share"))
     ckpt, last = load_tensors(out / "ckpt.pt"), load_tensors(out / "last.pt")
-    assert ckpt.keys() == last.keys() == {"model", "config", "step", "best", "optimizer",
-                                          "train_config", "data", "sums", "rows"}
+    assert ckpt.keys() == last.keys() == {"model", "config", "step", "best", "optimizers",
+                                          "train_config", "data", "rows"}
     lowest = min(r["val_ce"] for r in rows)
     assert last["step"] == 20 and ckpt["best"] == last["best"] == pytest.approx(lowest, abs=1e-5)
     assert json.loads((out / "config.json").read_text())["n_proto"] == 12
     printed = capsys.readouterr().out
-    assert "device: cpu, ranks: 1, torch.float32" in printed and "live 1" in printed
+    assert "device: cpu, ranks: 1, torch.float32" in printed and "live " in printed
     assert printed.endswith(f'Next: python sample.py --out_dir={out} --prompt="The"\n')
     model, _ = load_checkpoint(out)
     text = load_tokenizer(out).decode(model.generate(torch.tensor([[116]]), 5)[0].tolist())
@@ -140,13 +135,11 @@ def test_ten_and_resume_and_ten_equal_twenty(dataset, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     process.communicate()
-    step = load_tensors(tmp_path / "d" / "last.pt")["step"]
-    assert step >= 6
-    if step < 20:
+    if load_tensors(tmp_path / "d" / "last.pt")["step"] < 20:
         assert process.returncode == 130
     run(dataset, tmp_path / "d", *drop, "--resume")
     assert same(weights(tmp_path / "a"), weights(tmp_path / "d"))
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "d")     # also where the signal came
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "d")
     assert same(weights(tmp_path / "a", "ckpt.pt"), weights(tmp_path / "d", "ckpt.pt"))
 
 
@@ -300,8 +293,9 @@ def test_a_run_is_not_mixed_with_another(dataset, tmp_path):
     torch.save(whole | {"data": "0" * 64}, path)
     with pytest.raises(UserError, match="changed since"):
         run(dataset, out, "--resume")
-    for wrong in (whole | {"optimizer": {}}, whole | {"model": {}}, {"model": whole["model"]},
-                  whole | {"sums": 3}, [1, 2], whole["model"]):
+    for wrong in (whole | {"optimizers": [{}]}, whole | {"model": {}}, {"model": whole["model"]},
+                  whole | {"optimizers": whole["optimizers"][:1]}, whole | {"rows": 3}, [1, 2],
+                  whole["model"]):
         torch.save(wrong, path)
         with pytest.raises(UserError, match="last.pt cannot be used .*remove it to start"):
             run(dataset, out, "--resume")
@@ -330,7 +324,7 @@ def test_starting_from_other_weights(dataset, tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "c"))
     with pytest.raises(UserError, match="was started with lambda_rec=0.1, now lambda_rec=7.0"):
         run(dataset, tmp_path / "a", *more, "--resume", "--lambda_rec=7")
-    still = ["--max_iters=1", "--learning_rate=1e-9", "--min_lr=0", "--warmup_iters=0"]
+    still = ["--max_iters=1", "--learning_rate=1e-9", "--warmup_iters=0"]
     run(dataset, tmp_path / "b", f"--init_from={tmp_path}/a/ckpt.pt", *still)
     assert difference(weights(tmp_path / "a", "ckpt.pt"), weights(tmp_path / "b")) < 1e-6
 
@@ -344,31 +338,67 @@ def test_starting_from_gpt2(dataset, tmp_path):
             state[name] = value.T
     torch.save(state, tmp_path / "gpt2.pt")
     start = f"--init_from={tmp_path}/gpt2.pt"
-    run(dataset, tmp_path / "gpt", start, "--max_iters=1", "--learning_rate=1e-9", "--min_lr=0")
+    run(dataset, tmp_path / "gpt", start, "--max_iters=1", "--learning_rate=1e-9")
     last = load_tensors(tmp_path / "gpt/last.pt")
     assert last["config"]["n_head"] == 1                          # n_embd / 64, at least 1
     assert difference(weights(tmp_path / "dense"), last["model"]) < 1e-6
-    run(dataset, tmp_path / "gpt", start, "--resume", "--max_iters=5", "--learning_rate=1e-9",
-        "--min_lr=0")
+    run(dataset, tmp_path / "gpt", start, "--resume", "--max_iters=5", "--learning_rate=1e-9")
     assert load_tensors(tmp_path / "gpt/last.pt")["step"] == 5
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(UserError, match="no GPT-2 weights|cannot be used"):
         run(dataset, tmp_path / "x", f"--init_from={tmp_path}/list.pt")
 
 
-def test_what_the_optimizer_does():
+def test_the_groups_of_the_optimizers_and_the_schedule():
     model = tiny(torch.float32)
-    cfg = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110,
-                            proto_lr_scale=7.0, weight_decay=0.3)
-    decayed, plain, protos = train.make_optimizer(model, cfg).param_groups
+    cfg = train.TrainConfig(learning_rate=1.0, warmup_iters=10, max_iters=110, decay=0.5,
+                            embed_lr_scale=3.0, proto_lr_scale=7.0, weight_decay=0.3)
+    adamw, muon = train.make_optimizers(model, cfg, torch.float32)
     names = {id(p): n for n, p in model.named_parameters()}
-    assert [names[id(p)] for p in protos["params"]] == ["prototypes"]
-    assert (protos["weight_decay"], protos["scale"]) == (0.0, 7.0)
-    assert all("ln_" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
-    assert plain["weight_decay"] == 0.0 and decayed["weight_decay"] == 0.3
-    assert len(decayed["params"]) + len(plain["params"]) + 1 == len(names)
-    rates = [round(train.learning_rate(s, cfg), 4) for s in (0, 4, 9, 10, 60, 110)]
-    assert rates == [0.1, 0.5, 1.0, 1.0, 0.55, 0.1]
+    seen = {}
+    for group in adamw.param_groups + muon.param_groups:
+        seen |= {names[id(p)]: (group["scale"], group["weight_decay"]) for p in group["params"]}
+    assert seen.keys() == set(names.values())
+    for name, facts in seen.items():
+        want = (1.0, 0.0) if "ln_" in name or name.endswith("bias") else (1.0, 0.3)
+        want = (3.0, 0.3) if ".wte" in name or ".wpe" in name else want
+        assert facts == ((7.0, 0.0) if name == "prototypes" else want), name
+    moved = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert moved == {n for n in seen if ".h." in n and n.endswith("weight") and "ln_" not in n}
+    one, = train.make_optimizers(model, parse_config(train.TrainConfig, ["--muon=false"]), None)
+    assert type(one) is torch.optim.AdamW
+    assert sum(len(group["params"]) for group in one.param_groups) == len(names)
+    rates = [round(train.learning_rate(s, cfg), 4) for s in (0, 4, 9, 10, 55, 82, 109)]
+    assert rates == [0.1, 0.5, 1.0, 1.0, 1.0, 0.5091, 0.0182]
+    assert train.learning_rate(3, train.TrainConfig(warmup_iters=0, decay=0.0)) == 4e-3
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
+def test_an_update_is_made_orthogonal(shape):
+    g = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, s, v = torch.linalg.svd(g / g.norm(), full_matrices=False)
+    for _ in range(5):                                            # on the singular values alone
+        s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+    got = train.orthogonal(g, torch.float64)
+    assert torch.allclose(got, u @ torch.diag(s) @ v, atol=1e-12)
+    assert 0.65 < s.min() and s.max() < 1.25
+    assert not train.orthogonal(0 * g, torch.float64).any()
+
+
+def test_muon_is_torchs_in_bfloat16():
+    """torch.optim.Muon knows bfloat16 only; there both take the very same steps."""
+    ours, theirs = (torch.nn.Linear(8, 24, bias=False) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    group = {"params": ours.parameters(), "weight_decay": 0.3}
+    a = train.Muon([group], torch.bfloat16)
+    a.param_groups[0]["lr"] = 0.1
+    b = torch.optim.Muon(theirs.parameters(), 0.1, 0.3, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        grad = torch.randn(24, 8, generator=torch.Generator().manual_seed(step))
+        ours.weight.grad, theirs.weight.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+        assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
 
 
 @pytest.mark.parametrize("name,millions,prototypes", [
