@@ -5,7 +5,6 @@ import json
 import math
 import shlex
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = "", "quality", "speed"
 sys.path[:0] = [str(ROOT / "experiments" / name) for name in FOLDERS]
 
+import ablation  # noqa: E402
 import attribution_speed  # noqa: E402
 import grounding  # noqa: E402
 import picture  # noqa: E402
@@ -37,10 +37,7 @@ PNG = b"\x89PNG"
 def trains_here(monkeypatch, module):
     """tools.trained of an experiment, in this process: seconds instead of a start of Python."""
     def trained(out_dir, *options):
-        keep = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         train.main([f"--out_dir={out_dir}", *options, "--resume"])
-        for number, handler in keep.items():
-            signal.signal(number, handler)
         return Path(out_dir)
     monkeypatch.setattr(module, "trained", trained)
 
@@ -97,20 +94,64 @@ def test_rank_correlation_and_numbers():
 
 # ------------------------------------------- quality
 
-def test_quality_is_the_ratio_of_mean_losses(dataset, tmp_path, capsys):
+@pytest.fixture
+def quality_here(monkeypatch):
+    """Runs of quality.py in this process, one after the other."""
+    trains_here(monkeypatch, quality)
+    monkeypatch.setattr(quality.os, "cpu_count", lambda: 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def best_row(folder):
+    with open(folder / "metrics.csv", newline="") as f:
+        return min(csv.DictReader(f), key=lambda row: float(row["val_ce"]))
+
+
+def test_quality_with_the_default_optimiser_and_with_adamw(dataset, tmp_path, quality_here, capsys):
     words = f"--datasets={dataset}", "--seeds=1", f"--options={TINY}", f"--work={tmp_path}"
-    quality.main([*words, f"--out={tmp_path}/q.json"])
-    found = tools.read_results(tmp_path / "q.json")["against dense"]["tiny"]
-    loss = {}
-    for side in ("PRISM", "dense"):
-        with open(tmp_path / f"tiny-{side}-1/metrics.csv", newline="") as f:
-            loss[side] = min(float(row["val_ce"]) for row in csv.DictReader(f))
-    assert found["loss"] == pytest.approx(loss["PRISM"] / loss["dense"] - 1)
-    assert found["losses_dense"] == [loss["dense"]] and found["live"] >= 1
+    quality.main([*words, "--adamw=--muon=false --beta2=0.9", f"--out={tmp_path}/q.json"])
+    found = tools.read_results(tmp_path / "q.json")["against dense"]
+    assert list(found) == ["tiny", "tiny, AdamW"]
+    for name, x in found.items():
+        prism, dense = (best_row(tmp_path / f"{name}-{side}-1".replace(" ", ""))
+                        for side in ("PRISM", "dense"))
+        loss, without = float(prism["val_ce"]), float(prism["val_ce_prototypes"])
+        assert x["loss"] == pytest.approx(loss / float(dense["val_ce"]) - 1)
+        assert x["without_against_own"] == pytest.approx(without / loss - 1)
+        assert x["losses_dense"] == [float(dense["val_ce"])]
+        assert x["live"] == 12 - x["dead"] >= 1 and x["loss_spread"] is None
+    assert found["tiny"]["losses"] != found["tiny, AdamW"]["losses"]
+    trained_with = json.loads((tmp_path / "tiny,AdamW-dense-1/config.json").read_text())
+    assert (trained_with["muon"], trained_with["beta2"], trained_with["n_proto"]) == (False, 0.9, 0)
     assert "tiny: PRISM against dense" in capsys.readouterr().out
     for wrong in ("--seeds=0", "--options=--n_proto=0"):
         with pytest.raises(UserError, match="expected at least 1"):
             quality.main([wrong])
+
+
+def test_quality_over_seeds():
+    def prism(loss, live):
+        return {"val_ce": loss, "val_ce_prototypes": 1.5 * loss, "residual_share": 0.1,
+                "live": live, "n_proto": 9}
+    x = quality.compare([prism(2.0, 9), prism(4.0, 7)], [{"val_ce": 1.0}, {"val_ce": 4.0}])
+    assert x["loss"] == pytest.approx(0.2) and x["without_residual"] == pytest.approx(0.8)
+    assert x["without_against_own"] == pytest.approx(0.5)
+    assert x["loss_spread"] == pytest.approx(math.sqrt(0.5))      # of 1 and 0
+    assert (x["live"], x["dead"], x["seeds"]) == (7, 2, 2)
+
+
+def test_one_change_at_a_time(dataset, tmp_path, quality_here):
+    ablation.main([f"--dataset={dataset}", "--steps=8", f"--options={TINY}", f"--work={tmp_path}",
+                   "--only=AdamW;head_share 1", f"--out={tmp_path}/a.json"])
+    found = tools.read_results(tmp_path / "a.json")["changes"]
+    assert list(found) == ["none", "AdamW", "head_share 1"]
+    assert found["head_share 1"]["losses_dense"] == found["none"]["losses_dense"]
+    assert found["AdamW"]["losses_dense"] != found["none"]["losses_dense"]
+    assert not (tmp_path / "head_share1-dense-1").exists()
+    row = best_row(tmp_path / "head_share1-PRISM-1")
+    assert row["step"] == "8" and found["head_share 1"]["losses"] == [float(row["val_ce"])]
+    for words in (ablation.CHANGES | ablation.OF_PROTOTYPES).values():
+        parse_config(train.TrainConfig, [*words.split(), "--vocab_size=9"]).check_run().check()
 
 
 def test_twin_over_two_sizes(made, tmp_path, monkeypatch):
@@ -193,9 +234,71 @@ def test_throughput_of_interleaved_sides(dataset, tmp_path, monkeypatch):
     found = tools.read_results(tmp_path / "t.json")
     a, b = found["seconds"]["PRISM"], found["seconds"]["dense"]
     assert found["ratios"] == {"PRISM / dense": pytest.approx((b[0] / a[0] + b[1] / a[1]) / 2)}
-    speed = 64 / ((a[0] + a[1]) / 2)
+    speed = (64 / a[0] + 64 / a[1]) / 2
     assert found["sides"]["PRISM"]["tokens_per_s"] == pytest.approx(speed)
     assert all(side["peak_mb"] > 50 for side in found["sides"].values())
+    assert "race" not in found
+
+
+NANOGPT = """
+import json
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets=None):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def configure_optimizers(self, *rates):
+        print("nothing that should reach the pipe")
+        seen = {"rates": rates, "config": vars(self.config)}
+        Path(__file__).with_name("seen.json").write_text(json.dumps(seen))
+        return torch.optim.SGD(self.parameters(), lr=0.0)         # until the schedule acts
+"""
+
+
+def test_race_with_nanogpt(dataset, tmp_path):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    throughput.main([f"--preset={TINY}", f"--dataset={dataset}", f"--nanogpt={tmp_path}",
+                     "--rounds=0", "--race_steps=3", "--race_ours=8", "--device=cpu",
+                     f"--out={tmp_path}/t.json"])
+    found = tools.read_results(tmp_path / "t.json")["race"]
+    theirs, ours = found["sides"]["nanoGPT"], found["sides"]["PRISM"]
+    assert (theirs["steps"], ours["steps"]) == (3, 8)
+    assert found["ratio"] == theirs["cpu_seconds"] / ours["cpu_seconds"] > 0
+    assert found["reached"] is (ours["val_ce"] <= theirs["val_ce"]) is True
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["rates"] == [0.1, 1e-3, [0.9, 0.99], "cpu"]
+    assert seen["config"]["block_size"] == 16 and seen["config"]["n_embd"] == 16
+    train.main([f"--dataset={dataset}", *TINY.split(), "--max_iters=8", f"--out_dir={tmp_path}/o"])
+    row = load_tensors(tmp_path / "o/last.pt")["rows"][-1]        # the same run by train.py
+    assert ours["val_ce"] == pytest.approx(row["val_ce"], abs=1e-4)
+
+
+def test_the_learning_rate_of_nanogpt():
+    tc = parse_config(train.TrainConfig, [*throughput.RECIPE.split(), "--max_iters=1000"])
+    assert throughput.nanogpt_rate(0, tc) == pytest.approx(1e-3 / 101)
+    assert throughput.nanogpt_rate(100, tc) == pytest.approx(1e-3)
+    assert throughput.nanogpt_rate(550, tc) == pytest.approx(5.5e-4)
+    assert throughput.nanogpt_rate(1000, tc) == pytest.approx(1e-4)
 
 
 def test_what_attribution_costs(made, tmp_path, monkeypatch):
