@@ -1,11 +1,8 @@
-"""A run on one page: its loss, prototype cards, ledgers with the training text behind them, gains.
+"""A run on one page: ledgers with the training text behind them, its prototypes, gains and loss.
 
-    python report.py                                     out/report.html, and the plot out/loss.png
-    python report.py --prompt="Return the number of"     the page explains this text too
+    python report.py                                     out/report.html, loss.png and labels.json
+    python report.py --prompt="Return the number of"     the model continues this text on the page
 """
-import base64
-import csv
-import io
 import json
 import math
 import re
@@ -13,286 +10,289 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from attribute import Index, Records
-from common import atomic, load_documents, parse_config, plain, reading, run_main
+from attribute import Index
+from common import atomic, load_documents, parse_config, reading, run_main, write_json
 
-WORD = re.compile(r"[^\W\d_]{2,}")
 MAX_CARDS = 2048   # the prototypes that fire most often get a card
-
-OKABE_ITO = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9".split()
-matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=OKABE_ITO)   # C0 to C5
-TWIN = "val_ce of the dense twin"
-LOSSES = {"ce": "C5-", "val_ce": "C0o-", "val_ce_prototypes": "C1s--", TWIN: "k^:"}
-TERMS = {"rec": "C2o-", "t2p": "C3s--", "p2t": "C4^:", "residual_share": "C0v-."}
-MODES = {"shared": "C0o", "fit": "C2^", "chosen": "k*"}
+WORD = re.compile(r"[^\W\d_]{2,}")
+FUNCTION_WORDS = """a all an and any are as at be been but by can could did do does for from had has
+have he her his how i if in into is it its may might must no nor not of on only or our out over she
+should so some such than that the their them then there these they this those to under up was we
+were what when where which while who whose will with without would you your"""
+KINDS = {  # a token is of the first kind whose pattern it matches; the last four are words
+    "space": r"\s*|<\|endoftext\|>",
+    "number": r" ?[\d.,]*\d[\d.,]*",
+    "code": r".*(?:[_=+*/<>|&^%~@\\{}\[\]#$`]|[a-z][A-Z]|[^\W_]\d|\d[^\W_]).*",
+    "punctuation": r"\s*[^\w\s\ufffd]+\s*",
+    "function word": f"(?: |(?=[A-Z]))(?i:{'|'.join(FUNCTION_WORDS.split())})",
+    "name": r" [A-ZÀ-Þ].*",
+    "word piece": r"['’]?[^\W\dA-ZÀ-Þ].*",
+    "content word": r".*"}
+FUNCTION, NAME, _, CONTENT = range(4, 8)
 
 
 @dataclass
 class ReportConfig:
     out_dir: str = "out"      # the run, indexed before; the page is out_dir/report.html
-    prompt: str = ""          # a text of your own for the explorer; the model continues it
+    prompt: str = "The"       # a text of your own for the explorer; the model continues it
     device: str = "auto"      # auto, cpu, cuda or mps
 
 
-# --------------------------------------- plots
-def read_metrics(path):
-    """A metrics.csv -> rows {column: number or None}; no file, no rows."""
-    if not Path(path).exists():
-        return []
-    with reading(path, "restore it, or move it away"), open(path, newline="") as f:
-        rows = csv.DictReader(f)
-        rows = [{key: float(x) if x else None for key, x in row.items()} for row in rows]
-        return [row for row in rows if row["val_ce"] is not None]
+def draw_loss(out_dir):
+    """Validation losses of the run and its dense twin -> loss.png; {name: text of metrics.csv}."""
+    metrics = {}
+    ax = Figure(layout="constrained").subplots()
+    for name, folder in (("this run", out_dir), ("its dense twin", f"{out_dir}-dense")):
+        path = Path(folder, "metrics.csv")
+        if path.exists():
+            with reading(path, "restore it, or move it away"):
+                rows = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
+                ax.plot(rows["tokens"] / 1e6, rows["val_ce"], "o-", label=name)
+                metrics[name] = path.read_text("utf-8")
+    ax.set(xlabel="training tokens (millions)", ylabel="validation loss, nats per token")
+    if metrics:
+        ax.legend()
+        with atomic(Path(out_dir, "loss.png")) as f:
+            ax.figure.savefig(f, format="png", dpi=110)
+    return metrics
 
 
-def draw_loss(path, rows, twin):
-    """Rows of the run and of its dense twin -> the plot's data address; None without rows."""
-    if not rows:
-        return None
-    rows = rows + [{"tokens": row["tokens"], TWIN: row["val_ce"]} for row in twin]
-    fig = Figure(figsize=(11, 4), layout="constrained")
-    for ax, styles in zip(fig.subplots(1, 2), (LOSSES, TERMS)):
-        for key, style in styles.items():
-            known = [row for row in rows if row.get(key) is not None]
-            millions = [row["tokens"] / 1e6 for row in known]
-            if known:
-                ax.plot(millions, [row[key] for row in known], style, markersize=3, label=key)
-        ax.set_xlabel("training tokens (millions)")
-        ax.set_ylabel("nats per token" if styles is LOSSES else "head terms (unweighted)")
-        ax.legend(frameon=False)
-    return save_plot(fig, path)
+# --------------------------------------- kinds of tokens
+def kinds_at(run, positions):
+    """The number in KINDS of the token at each position (N,)."""
+    pattern = re.compile("|".join(f"({rule})" for rule in KINDS.values()), re.S)
+    kind_of = np.zeros(run.model.config.vocab_size, np.int64)
+    for token in np.unique(run.train[positions]):
+        kind_of[token] = pattern.fullmatch(run.decode([token])).lastindex - 1
+    kinds = kind_of[run.train[positions]]
+    before = kind_of[run.train[positions - 1]]
+    kinds[(kinds == NAME) & (before < FUNCTION)] = CONTENT        # begins a sentence: no name
+    return kinds
 
 
-def draw_sweep(path, sweep):
-    """Effect against price; hollow: the controls. -> the plot's data address"""
-    fig = Figure(figsize=(7, 4.5), layout="constrained")
-    ax = fig.subplots()
-    for mode, style in MODES.items():
-        mine = [row for row in sweep["rows"] if row["mode"] == mode]
-        for kind, fill in (("", "full"), ("control_", "none")):
-            loss = [row[f"{kind}loss_percent"] for row in mine]
-            rate = [row[f"{kind}rate"] for row in mine]
-            ax.plot(loss, rate, style, fillstyle=fill, label=f"{kind}{mode}", markersize=7)
-    ax.axvline(sweep["price"], color="0.6", linestyle=":", label="price allowed")
-    ax.set_xscale("symlog", linthresh=0.5)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set_xlabel("rise of the loss of text without it, %")
-    ax.set_ylabel("rate of the behavior, share of before")
-    ax.set_title(plain(sweep["behavior"][:60]), parse_math=False)
-    ax.legend()
-    return save_plot(fig, path)
+# --------------------------------------- map: t-SNE, van der Maaten & Hinton 2008
+def squared_distances(X):
+    square = np.square(X).sum(1)
+    return np.maximum(square[:, None] + square - 2 * X @ X.T, 0)
 
 
-def save_plot(fig, path):
-    """Writes a PNG -> its data address."""
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=110)
-    with atomic(path) as f:
-        f.write(buffer.getvalue())
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def affinities(X, perplexity):
+    """p_j|i ~ exp(-beta_i |x_i - x_j|^2) whose entropy is log(perplexity); P is symmetric."""
+    D = squared_distances(X)
+    np.fill_diagonal(D, 1e9)                                      # p_i|i = 0
+    D -= D.min(1, keepdims=True)                                  # changes no p
+    beta = np.ones((len(X), 1), np.float32)
+    for halvings in range(25):                                    # of a step in log beta
+        E = np.exp(-beta * D)
+        total = E.sum(1, keepdims=True)
+        entropy = np.log(total) + beta * (D * E).sum(1, keepdims=True) / total
+        beta *= np.exp(8 / 2 ** halvings * np.sign(entropy - math.log(perplexity)))
+    P = E / total
+    return (P + P.T) / (2 * len(X))
 
 
-# ------------------------------------------- prototype cards
+def tsne(X, steps=500):
+    """X (n, d) float32 -> Y (n, 2), from the first two principal components downhill in KL(P|Q):
+    q_ij ~ 1 / (1 + |y_i - y_j|^2),  dKL/dy_i = 4 sum_j (p_ij - q_ij) (y_i - y_j) / (1 + |..|^2)"""
+    X = X - X.mean(0)
+    P = affinities(X, perplexity=min(30, len(X) / 4))
+    Y = X @ np.linalg.eigh(X.T @ X)[1][:, :-3:-1]
+    Y *= 0.01 / Y.std()
+    velocity = 0
+    for _ in range(steps):
+        K = 1 / (1 + squared_distances(Y))
+        np.fill_diagonal(K, 0)
+        A = (P - K / K.sum()) * K
+        gradient = A.sum(1, keepdims=True) * Y - A @ Y            # a quarter of dKL/dy
+        velocity = 0.8 * velocity - len(X) * gradient
+        Y += velocity
+    return Y
 
-class Cards:
-    """What each prototype stands for, read from an index."""
 
-    def __init__(self, index):
-        self.index, self.run = index, index.run
-        P, W = self.run.model.prototypes.cpu(), self.run.model.W.cpu()
-        logits = P @ (W - W.mean(0)).T                            # (M, V) against the mean logit
-        count = np.bincount(self.run.train[index.positions], minlength=len(W))
-        logits[:, count < 5] = 0                                  # rare tokens have random rows
-        self.raised = logits.topk(8)
-        self.lowered = logits.topk(8, largest=False)
-        unit = F.normalize(P, dim=1)
-        cosine = (unit @ unit.T).fill_diagonal_(-1)
-        self.near = cosine.topk(min(5, len(P) - 1))
-        self.spectrum = torch.linalg.svdvals(P)
-        N = len(index.positions)
-        fires = np.bincount(index.ids[index.gates > 0], minlength=len(P))
-        self.density = fires / N
-        self.at_large = self.words(np.arange(0, N, 1 + N // 20000))
+# --------------------------------------- prototype cards
+def count_words(index, tokens, before=6):
+    """How often each word occurs in these indexed tokens, each with a few before it."""
+    count = Counter()
+    for p in index.positions[tokens]:
+        text = index.run.decode(index.run.train[max(0, p - before):p + 1])
+        count.update(word.lower() for word in WORD.findall(text))
+    return count
 
-    def words(self, tokens, before=6):
-        """How often each word occurs in these indexed tokens, each with a few before it."""
-        count = Counter()
-        for p in self.index.positions[tokens]:
-            text = self.run.decode(self.run.train[max(0, p - before):p + 1])
-            count.update(word.lower() for word in WORD.findall(text))
-        return count
 
-    def label(self, words, K=50):
-        """The three words with the largest z of the log-odds against contexts at large, above 1.96.
+def label(words, at_large, K=50):
+    """The three words with the largest z of the log-odds against contexts at large, above 1.96:
+    y of n words here, b of N at large, a prior of K (Monroe et al. 2008, eqs. 15 to 22)."""
+    z = Counter()
+    n, N = words.total(), at_large.total() + len(words) + 1
+    for word, y in words.items():
+        b = at_large[word]
+        a = K * (b + 1) / N                                       # the prior of this word
+        delta = math.log((y + a) / (n + K - y - a)) - math.log((b + a) / (N + K - b - a))
+        z[word] = delta / math.sqrt(1 / (y + a) + 1 / (b + a))
+    return " ".join(word for word, value in z.most_common(3) if value > 1.96)
 
-        y of n words here, b of N at large, a prior of K (Monroe et al. 2008, eqs. 15 to 22).
-        """
-        z = Counter()
-        n, N = words.total(), self.at_large.total() + len(words) + 1
-        for word, y in words.items():
-            b = self.at_large[word]
-            a = K * (b + 1) / N                                   # the prior of this word
-            delta = math.log((y + a) / (n + K - y - a)) - math.log((b + a) / (N + K - b - a))
-            z[word] = delta / math.sqrt(1 / (y + a) + 1 / (b + a))
-        return " ".join(word for word, value in z.most_common(3) if value > 1.96)
 
-    def card(self, i):
-        """Card i, as the page shows it."""
-        index = self.index
+def top_tokens(run, logits):
+    top = logits.topk(8)
+    return [[run.decode([y]), x] for y, x in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def make_cards(index):
+    """The prototypes that fire most often, as the page shows them, and the density of each."""
+    run, N = index.run, len(index.positions)
+    kinds = kinds_at(run, index.positions)
+    P, W = run.model.prototypes.cpu(), run.model.W.cpu()
+    logits = P @ (W - W.mean(0)).T                                # (M, V) against the mean logit
+    seen = np.bincount(run.train[index.positions], minlength=len(W))
+    logits[:, seen < 5] = 0                                       # rare tokens have random rows
+    unit = F.normalize(P, dim=1)
+    cosine = (unit @ unit.T).fill_diagonal_(-1)
+    gates = index.gates.ravel()
+    density = np.bincount(index.ids.ravel()[gates > 0], minlength=len(P)) / N
+    frequent = np.argsort(-density, kind="stable")[:MAX_CARDS]
+    at_large = count_words(index, np.arange(0, N, 1 + N // 20000))
+    cards = []
+    for i, place in zip(frequent.tolist(), tsne(unit[frequent].numpy()).tolist()):
         p = index.order[index.start[i]:index.start[i + 1]]
-        gates = index.gates.ravel()[p].astype(np.float32)
-        strongest = np.argsort(-gates, kind="stable")[:np.count_nonzero(gates)]
-        gates = gates[strongest]
-        tokens = p[strongest] // index.ids.shape[1]
-        n = len(tokens)
-        doc_of = index.unit_of["document"][tokens]
+        p = p[np.argsort(-gates[p], kind="stable")][:np.count_nonzero(gates[p])]
+        tokens = p // index.ids.shape[1]                          # the strongest first
+        n = len(p)
         contexts = []
-        places = {0, 1, 2, 3, n // 4, n // 2, 3 * n // 4}         # the strongest, and quartiles
-        for j in sorted(places & set(range(n))):
-            contexts.append({"gate": float(gates[j]),
-                             "quantile": 1 - j / n,
-                             "document": self.run.titles[doc_of[j]],
-                             "source": self.run.source_of[doc_of[j]],
-                             "text": index.around(int(index.positions[tokens[j]]))})
-        common = Counter(index.unit_of["source"][tokens].tolist()).most_common(5)
-        return {"id": i,
-                "label": self.label(self.words(tokens[:100])),
-                "density": self.density[i],
-                "gate": float(gates.sum()) / max(1, n),
-                "raised": self.tokens(self.raised, i),
-                "lowered": self.tokens(self.lowered, i),
-                "contexts": contexts,
-                "sources": [[self.run.sources[s], count / n] for s, count in common],
-                "near": [*pairs(self.near, i)]}
-
-    def tokens(self, top, i):
-        return [[self.run.decode([token]), logit] for token, logit in pairs(top, i)]
-
-
-def pairs(top, i):
-    """Row i of a topk -> (index, value) each."""
-    return zip(top.indices[i].tolist(), top.values[i].tolist())
+        for j in sorted({0, 1, 2, n // 4, n // 2, 3 * n // 4}):
+            if j >= n:
+                break
+            doc = index.doc_of[tokens[j]]
+            contexts.append({"gate": float(gates[p[j]]),
+                             "document": run.titles[doc],
+                             "text": index.around(int(index.positions[tokens[j]]), 14, 6)})
+        sources = Counter(index.unit_of["source"][tokens].tolist()).most_common(5)
+        raised = top_tokens(run, logits[i])
+        words = label(count_words(index, tokens[:100]), at_large)
+        cards.append({"id": i,
+                      "place": place,
+                      "label": words or " ".join(f"“{text}”" for text, _ in raised[:3]),
+                      "kinds": np.bincount(kinds[tokens[:100]], minlength=len(KINDS)).tolist(),
+                      "gate": gates[p].sum(dtype=float) / max(1, n),
+                      "raised": raised,
+                      "lowered": top_tokens(run, -logits[i]),
+                      "contexts": contexts,
+                      "sources": [[run.sources[s], m / n] for s, m in sources],
+                      "near": cosine[i].topk(min(5, len(P) - 1)).indices.tolist()})
+    return rounded(cards), density
 
 
-# ------------------------------------------- the explorer
-
+# --------------------------------------- explorer
 def explorer(index, prompt):
-    """Texts of the explorer: the user's prompt, and the first words of a held-out document."""
-    run, texts = index.run, []
+    """Texts of the explorer: the prompt with a sampled continuation, and held-out prose."""
+    run = index.run
+    texts = []
     if prompt:
         ids, n = index.encode(prompt)
-        room = min(12, run.T + 1 - n)
         idx = torch.tensor([ids], device=run.device)
-        out = run.model.generate(idx, room, temperature=0, n_vocab=run.tokenizer.n_vocab)
-        texts.append(explain(index, "your prompt, continued", out[0].tolist()))
+        idx = run.model.generate(idx, min(24, run.T + 1 - n), 0.8, n_vocab=run.tokenizer.n_vocab)
+        texts.append(explain(index, "your prompt, continued by the model", idx[0].tolist(), n))
     start, titles, _ = load_documents(run.folder, "val", len(run.val))
     length = np.diff(start, append=len(run.val)).clip(max=min(64, run.T + 1))
-    doc = length.argmax()
-    ids = run.val[start[doc]:start[doc] + length[doc]]
-    return texts + [explain(index, f"held out: {titles[doc]}", ids.tolist())]
+    beginnings = [run.val[a:a + n].tolist() for a, n in zip(start, length)]
+    words = [len(WORD.findall(run.decode(ids))) for ids in beginnings]
+    doc = np.argmax(words)                                        # prose, more likely than not
+    return texts + [explain(index, f"held out: {titles[doc]}", beginnings[doc], 0)]
 
 
-def explain(index, name, ids):
+def explain(index, name, ids, n_prompt):
     """The ledger of each token of a text, and the training text behind it."""
     idx = torch.tensor([ids], device=index.run.device)
     e = index.run.model.explain(idx[:, :-1], idx[:, 1:])
-    r = index.target_records(ids, 1)
     tokens = [{"text": index.run.decode(ids[:1])}]
-    for t, behind in enumerate(influence(index, r)):
-        slices = zip(*(part[0, t].tolist() for part in (e.prototypes, e.gates, e.contributions)))
+    for t in range(len(ids) - 1):
+        r = index.target_records(ids[:t + 2], t + 1)
         tokens.append({"text": index.run.decode([ids[t + 1]]),
                        "logit": e.logit[0, t].item(),
                        "residual": e.residual[0, t].item(),
-                       "loss": r.loss[t].item(),
-                       "slices": [s for s in slices if s[1] > 0],
-                       "influence": behind})
-    return {"name": name, "tokens": tokens}
+                       "loss": r.loss.item(),
+                       "prototypes": e.prototypes[0, t].tolist(),
+                       "gates": e.gates[0, t].tolist(),
+                       "contributions": e.contributions[0, t].tolist(),
+                       "influence": influence(index, r)})
+    return {"name": name, "prompt": n_prompt, "tokens": tokens}
 
 
 def influence(index, r):
-    """Records of target tokens -> for each {level: {"proponents": [...], "opponents": [...]}}."""
-    for row in zip(*r):
-        b = index.right_side(Records(*(value[None] for value in row)))
-        x = index.solve(b[None])
-        scores = index.token_scores(x)[0]
-        found = {}
-        for level in ("token", "document", "source"):
-            found[level] = {"proponents": index.entries(level, scores, x[0], 5, 1),
-                            "opponents": index.entries(level, scores, x[0], 5, -1)}
-            for entry in sum(found[level].values(), []):
-                entry["text"] = index.around(entry["position"])
-        yield found
+    """Records of a target token -> {level: {"proponents": [...], "opponents": [...]}}."""
+    x = index.solve(index.right_side(r)[None])
+    scores = index.token_scores(x)[0]
+    found = {}
+    for level in ("token", "document", "source"):
+        found[level] = {"proponents": index.entries(level, scores, x[0], 5, 1),
+                        "opponents": index.entries(level, scores, x[0], 5, -1)}
+        for entry in sum(found[level].values(), []):
+            entry["text"] = index.around(entry["position"])
+    return rounded(found)
 
 
-# ------------------------------------------- the page
-
+# --------------------------------------- the page
 def interventions(run):
-    """What suppress.py sweep wrote for this checkpoint, as the page shows it."""
+    """What suppress.py sweep wrote for this checkpoint; the page draws it."""
     found = []
-    for path in sorted((run.out_dir / "gains").glob("*.sweep.json")):
+    for path in sorted(run.out_dir.glob("gains/*.sweep.json")):
         with reading(path, "remove it, or write it anew: python suppress.py sweep"):
-            sweep = json.loads(path.read_text("utf-8"))
+            sweep = rounded(json.loads(path.read_text("utf-8")))
             if sweep["checkpoint"] == run.hash:
-                name = path.name.removesuffix(".sweep.json")
-                effect = "rate {rate:.1%}, loss {loss_percent:+.2f}%".format(**sweep["rows"][-1])
-                found.append({"name": name,
-                              "behavior": f"{sweep['behavior']}: {effect}",
-                              "before": [f"{n} matches: {text}" for n, text in sweep["before"]],
-                              "after": [f"{n} matches: {text}" for n, text in sweep["after"]],
-                              "plot": draw_sweep(path.with_name(f"{name}.png"), sweep)})
+                found.append(sweep | {"name": path.stem})
     return found
 
 
+def rounded(value):
+    """The same with four digits of each float: a smaller page."""
+    return json.loads(json.dumps(value, allow_nan=False), parse_float=four_digits)
+
+
+def four_digits(text):
+    return float(f"{float(text):.4g}")
+
+
 def report_data(cfg):
-    """Everything that report.html shows of a run, as plain values."""
-    out_dir = Path(cfg.out_dir)
-    rows = read_metrics(out_dir / "metrics.csv")
-    twin = read_metrics(f"{out_dir}-dense/metrics.csv")
-    loss = draw_loss(out_dir / "loss.png", rows, twin)
-    index = Index(out_dir, cfg.device)
-    run, c = index.run, index.run.model.config
-    facts = {"dataset": run.meta["name"],
-             "shape": f"{c.n_layer} layers, width {c.n_embd}, context {c.block_size}, "
-                      f"{c.n_proto} prototypes, at most {c.top_k} per token",
-             "parameters": f"{sum(p.numel() for p in run.model.parameters()):,}",
-             "steps": f"{run.ckpt['step']:,}",
-             "checkpoint": run.hash[:12],
-             "damping mu": f"{index.meta['mu']:g}"}
-    for name, source in (("validation loss", rows), ("validation loss, dense twin", twin)):
-        if source:
-            facts[name] = f"{min(row['val_ce'] for row in source):.4f} nats per token"
-    cards = Cards(index)
-    frequent = np.argsort(-cards.density)[:MAX_CARDS].tolist()
-    return {"title": f"PRISM: {out_dir.name} on {run.meta['name']}",
-            "run": [*facts.items()],
-            "loss_png": loss,
-            "health": {"density": cards.density.tolist(), "spectrum": cards.spectrum.tolist()},
+    """Everything that report.html shows of a run, as plain values; writes the other two files."""
+    index = Index(cfg.out_dir, cfg.device)
+    run = index.run
+    cards, density = make_cards(index)
+    labels = {str(card["id"]): card["label"] for card in cards}
+    write_json(run.out_dir / "labels.json", {"checkpoint": run.hash, "labels": labels})
+    return {"title": f"PRISM: {run.out_dir.name} on {run.meta['name']}",
+            "run": {"dataset": run.meta["name"],
+                    "steps": run.ckpt["step"],
+                    "parameters": sum(p.numel() for p in run.model.parameters()),
+                    **run.ckpt["config"]},
+            "metrics": draw_loss(cfg.out_dir),
+            "health": {"density": density.tolist(),
+                       "spectrum": torch.linalg.svdvals(run.model.prototypes).tolist()},
+            "kinds": list(KINDS),
+            "function_words": FUNCTION_WORDS,
             "texts": explorer(index, cfg.prompt),
-            "cards": [cards.card(i) for i in frequent],
+            "cards": cards,
             "gains": interventions(run)}
 
 
 def render(data):
     """The report's data -> the page. Nothing in the data can end its script or be markup."""
-    body = json.dumps(data, allow_nan=False)                      # ASCII only
+    body = json.dumps(data, allow_nan=False, separators=",:")     # ASCII only
     for c in "<>&":
         body = body.replace(c, f"\\u{ord(c):04x}")
-    template = Path(__file__).resolve().parent / "assets" / "report.html"
+    template = Path(__file__).with_name("assets") / "report.html"
     return template.read_text("utf-8").replace("__REPORT_DATA__", body)
 
 
 def main(argv):
     cfg = parse_config(ReportConfig, argv)
     page = render(report_data(cfg))
-    path = Path(cfg.out_dir) / "report.html"
-    with atomic(path, "w", encoding="utf-8") as f:
-        f.write(page)
+    path = Path(cfg.out_dir, "report.html")
+    with atomic(path) as f:
+        f.write(page.encode())
     print(f"{path}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
