@@ -31,10 +31,10 @@ class PRISMConfig:
     dropout: float = 0.0         # on embeddings, attention weights and block outputs
     bias: bool = False           # in linear layers and layer norms; True for GPT-2's weights
     n_proto: int = 1024          # M, prototypes; 0 is the dense twin
-    top_k: int = 16              # k, prototypes that may be active at a token
-    lambda_rec: float = 0.1      # weight of the reconstruction loss
-    lambda_t2p: float = 0.02     # weight of the token-to-prototype clustering loss
-    lambda_p2t: float = 0.005    # weight of the prototype-to-token clustering loss
+    top_k: int = 64              # k, prototypes that may be active at a token
+    lambda_rec: float = 0.5      # weight of the reconstruction loss
+    lambda_t2p: float = 0.01     # weight of the token-to-prototype clustering loss
+    lambda_p2t: float = 0.01     # weight of the prototype-to-token clustering loss
     head_share: float = 0.375    # share of a batch's windows on which these three losses are taken
 
     def check(self):

@@ -40,12 +40,12 @@ class TrainConfig(PRISMConfig):
     learning_rate: float = 4e-3       # its peak
     muon: bool = True                 # Muon for the blocks' matrices; false: AdamW for all
     embed_lr_scale: float = 2.0       # the embeddings' learning rate, as a multiple
-    proto_lr_scale: float = 15.0      # the prototypes'
+    proto_lr_scale: float = 5.0       # the prototypes'
     warmup_iters: int = 100           # steps of linear warm-up
     decay: float = 0.6                # last part of the run, in which the rates fall to zero
     weight_decay: float = 0.1         # on matrices; not on norms, biases and prototypes
     beta1: float = 0.9                # AdamW's
-    beta2: float = 0.95               # AdamW's
+    beta2: float = 0.99               # AdamW's
     grad_clip: float = 1.0            # largest norm of the gradient; 0 for none
     eval_interval: int = 200          # steps between evaluations, each followed by a checkpoint
     eval_tokens: int = 0              # validation tokens that an evaluation reads; 0 reads all

@@ -23,13 +23,15 @@ from common import load_tensors, parse_config, run_main  # noqa: E402
 from prism import UserError  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
+ADAMW = "--muon=false --learning_rate=0.002 --embed_lr_scale=4 --proto_lr_scale=10"
+
 
 @dataclass
 class QualityConfig:
     datasets: str = "pydoc"          # prepared datasets, separated by commas
     seeds: int = 3                   # runs of each side
     options: str = ""                # more options of train.py for all runs, as one string
-    adamw: str = "--muon=false"      # options of the runs with AdamW; empty leaves these out
+    adamw: str = ADAMW               # options of the runs with AdamW; empty leaves these out
     work: str = "out-quality"        # the runs go here
     out: str = "experiments/results/quality.json"  # the result
 
