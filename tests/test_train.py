@@ -322,7 +322,7 @@ def test_starting_from_other_weights(dataset, tmp_path):
     run(dataset, tmp_path / "c", "--head_share=1", "--dropout=0.1", "--max_iters=10",
         "--eval_interval=3", "--resume")                          # init_from is in last.pt
     assert same(weights(tmp_path / "a"), weights(tmp_path / "c"))
-    with pytest.raises(UserError, match="was started with lambda_rec=0.1, now lambda_rec=7.0"):
+    with pytest.raises(UserError, match="was started with lambda_rec=0.5, now lambda_rec=7.0"):
         run(dataset, tmp_path / "a", *more, "--resume", "--lambda_rec=7")
     still = ["--max_iters=1", "--learning_rate=1e-9", "--warmup_iters=0"]
     run(dataset, tmp_path / "b", f"--init_from={tmp_path}/a/ckpt.pt", *still)
