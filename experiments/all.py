@@ -27,7 +27,6 @@ TINY = ("--n_head=2 --n_embd=32 --n_layer=1 --block_size=64 --n_proto=64 --top_k
 RUNS = [  # a script with its options, and the options of its quick run ("": there is none)
     ("quality/quality.py --datasets=pydoc,books",
      f"--seeds=1 --options='{TINY}' --work={Q}/quality"),
-    ("quality/ablation.py", f"--only=AdamW --steps=60 --options='{TINY}' --work={Q}/ablation"),
     ("quality/twin.py",
      f"--sizes=48,96 --items=20 --options='--n_layer=1 --max_iters=60' --work={Q}/twin"),
     ("quality/grounding.py", f"{RUN} --work={Q}/grounding"),

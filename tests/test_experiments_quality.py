@@ -17,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = "", "quality", "speed"
 sys.path[:0] = [str(ROOT / "experiments" / name) for name in FOLDERS]
 
-import ablation  # noqa: E402
 import attribution_speed  # noqa: E402
 import grounding  # noqa: E402
 import picture  # noqa: E402
@@ -140,20 +139,6 @@ def test_quality_over_seeds():
     assert (x["live"], x["dead"], x["seeds"]) == (7, 2, 2)
 
 
-def test_one_change_at_a_time(dataset, tmp_path, quality_here):
-    ablation.main([f"--dataset={dataset}", "--steps=8", f"--options={TINY}", f"--work={tmp_path}",
-                   "--only=AdamW;head_share 1", f"--out={tmp_path}/a.json"])
-    found = tools.read_results(tmp_path / "a.json")["changes"]
-    assert list(found) == ["none", "AdamW", "head_share 1"]
-    assert found["head_share 1"]["losses_dense"] == found["none"]["losses_dense"]
-    assert found["AdamW"]["losses_dense"] != found["none"]["losses_dense"]
-    assert not (tmp_path / "head_share1-dense-1").exists()
-    row = best_row(tmp_path / "head_share1-PRISM-1")
-    assert row["step"] == "8" and found["head_share 1"]["losses"] == [float(row["val_ce"])]
-    for words in (ablation.CHANGES | ablation.OF_PROTOTYPES).values():
-        parse_config(train.TrainConfig, [*words.split(), "--vocab_size=9"]).check_run().check()
-
-
 def test_twin_over_two_sizes(made, tmp_path, monkeypatch):
     trains_here(monkeypatch, twin)
     options = TINY.replace("--n_head=2 --n_embd=16 ", "")
@@ -228,7 +213,7 @@ def test_picture_of_a_ledger(made, tmp_path, capsys):
 def test_throughput_of_interleaved_sides(dataset, tmp_path, monkeypatch):
     lines = [word[2:].replace("=", ' = "') + '"\n' for word in TINY.split()]
     (tmp_path / "tiny.toml").write_text("".join(lines))
-    monkeypatch.setattr(throughput, "SIDES", {"PRISM": "", "dense": "--n_proto=0"})
+    monkeypatch.setattr(throughput, "PAIRS", [("PRISM", "dense")])
     throughput.main([f"--preset={tmp_path}/tiny.toml", f"--dataset={dataset}", "--rounds=2",
                      "--steps=1", f"--out={tmp_path}/t.json"])
     found = tools.read_results(tmp_path / "t.json")
