@@ -9,7 +9,7 @@ demo: .venv/ready
 	@echo "1 of 8: Python's own documentation becomes tokens (15 seconds)"
 	@test -f data/pydoc/meta.json || $(RUN) data/prepare.py
 	@echo "2 of 8: a model with prototypes trains on it (3 minutes)"
-	@$(RUN) train.py --resume --max_iters=400
+	@$(RUN) train.py --resume --max_iters=450
 	@echo "3 of 8: it continues a text (seconds)"
 	@$(RUN) sample.py --prompt="Return the number of" --num_samples=2 --max_new_tokens=60
 	@echo "4 of 8: the index of all training text (2 minutes)"
