@@ -106,23 +106,17 @@ def best_row(folder):
         return min(csv.DictReader(f), key=lambda row: float(row["val_ce"]))
 
 
-def test_quality_with_the_default_optimiser_and_with_adamw(dataset, tmp_path, quality_here, capsys):
+def test_quality_of_two_sides(dataset, tmp_path, quality_here, capsys):
     words = f"--datasets={dataset}", "--seeds=1", f"--options={TINY}", f"--work={tmp_path}"
-    quality.main([*words, "--adamw=--muon=false --beta2=0.9", f"--out={tmp_path}/q.json"])
-    found = tools.read_results(tmp_path / "q.json")["against dense"]
-    assert list(found) == ["tiny", "tiny, AdamW"]
-    for name, x in found.items():
-        prism, dense = (best_row(tmp_path / f"{name}-{side}-1".replace(" ", ""))
-                        for side in ("PRISM", "dense"))
-        loss, without = float(prism["val_ce"]), float(prism["val_ce_prototypes"])
-        assert x["loss"] == pytest.approx(loss / float(dense["val_ce"]) - 1)
-        assert x["without_against_own"] == pytest.approx(without / loss - 1)
-        assert x["losses_dense"] == [float(dense["val_ce"])]
-        assert x["live"] == 12 - x["dead"] >= 1 and x["loss_spread"] is None
-    assert found["tiny"]["losses"] != found["tiny, AdamW"]["losses"]
-    trained_with = json.loads((tmp_path / "tiny,AdamW-dense-1/config.json").read_text())
-    assert (trained_with["muon"], trained_with["beta2"], trained_with["n_proto"]) == (False, 0.9, 0)
-    assert "tiny: PRISM against dense" in capsys.readouterr().out
+    quality.main([*words, f"--out={tmp_path}/q.json"])
+    x = tools.read_results(tmp_path / "q.json")["against dense"]["tiny"]
+    prism, dense = (best_row(tmp_path / f"tiny-{side}-1") for side in ("PRISM", "dense"))
+    loss, without = float(prism["val_ce"]), float(prism["val_ce_prototypes"])
+    assert x["loss"] == pytest.approx(loss / float(dense["val_ce"]) - 1)
+    assert x["without_against_own"] == pytest.approx(without / loss - 1)
+    assert x["losses_dense"] == [float(dense["val_ce"])]
+    assert 1 <= x["live"] <= 12
+    assert ": PRISM against dense" in capsys.readouterr().out
     for wrong in ("--seeds=0", "--options=--n_proto=0"):
         with pytest.raises(UserError, match="expected at least 1"):
             quality.main([wrong])
@@ -131,12 +125,11 @@ def test_quality_with_the_default_optimiser_and_with_adamw(dataset, tmp_path, qu
 def test_quality_over_seeds():
     def prism(loss, live):
         return {"val_ce": loss, "val_ce_prototypes": 1.5 * loss, "residual_share": 0.1,
-                "live": live, "n_proto": 9}
+                "live": live}
     x = quality.compare([prism(2.0, 9), prism(4.0, 7)], [{"val_ce": 1.0}, {"val_ce": 4.0}])
     assert x["loss"] == pytest.approx(0.2) and x["without_residual"] == pytest.approx(0.8)
     assert x["without_against_own"] == pytest.approx(0.5)
-    assert x["loss_spread"] == pytest.approx(math.sqrt(0.5))      # of 1 and 0
-    assert (x["live"], x["dead"], x["seeds"]) == (7, 2, 2)
+    assert (x["live"], x["seeds"]) == (7, 2)
 
 
 def test_twin_over_two_sizes(made, tmp_path, monkeypatch):

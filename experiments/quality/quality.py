@@ -2,11 +2,12 @@
 
     python experiments/quality/quality.py                           pydoc, 3 seeds, two hours
     python experiments/quality/quality.py --datasets=pydoc,books    also a dataset of your own
+    python experiments/quality/quality.py --work=out-adamw --out=experiments/results/adamw.json \\
+        --options="--muon=false --learning_rate=0.002 --embed_lr_scale=4 --proto_lr_scale=10"
 
-Goals: the mean of PRISM's best losses within 1% of the dense twin's, the loss of the logits W zhat,
-without the residual, within 2% of PRISM's own, the residual's share of |z|^2 at most 0.12, and no
-dead prototype. AdamW for all weights, with options of its own, is measured beside the default.
-Runs use one thread each, as many at a time as there are cores. A finished run is not repeated.
+Goals: PRISM's loss within 1% of the dense twin's, the loss of the logits W zhat within 2% of
+PRISM's own, a residual's share of at most 0.12, no dead prototype. The last command trains with
+AdamW, at the best rates of NOTES.md. Runs use one thread each; a finished run is not repeated.
 """
 import os
 import sys
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools import save_results, trained  # noqa: E402
@@ -23,7 +24,7 @@ from common import load_tensors, parse_config, run_main  # noqa: E402
 from prism import UserError  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
-ADAMW = "--muon=false --learning_rate=0.002 --embed_lr_scale=4 --proto_lr_scale=10"
+SIDES = {"PRISM": [], "dense": ["--n_proto=0"]}
 
 
 @dataclass
@@ -31,7 +32,6 @@ class QualityConfig:
     datasets: str = "pydoc"          # prepared datasets, separated by commas
     seeds: int = 3                   # runs of each side
     options: str = ""                # more options of train.py for all runs, as one string
-    adamw: str = ADAMW               # options of the runs with AdamW; empty leaves these out
     work: str = "out-quality"        # the runs go here
     out: str = "experiments/results/quality.json"  # the result
 
@@ -41,48 +41,17 @@ def compare(prism, dense):
     losses = [m["val_ce"] for m in prism]
     without = [m["val_ce_prototypes"] for m in prism]
     losses_dense = [m["val_ce"] for m in dense]
-    by_seed = [a / b - 1 for a, b in zip(losses, losses_dense)]
     return {
         "seeds": len(prism),
         "loss": mean(losses) / mean(losses_dense) - 1,
-        "loss_spread": stdev(by_seed) if len(by_seed) > 1 else None,
         "without_residual": mean(without) / mean(losses_dense) - 1,
         "without_against_own": mean(without) / mean(losses) - 1,
         "residual_share": mean(m["residual_share"] for m in prism),
         "live": min(m["live"] for m in prism),
-        "dead": max(m["n_proto"] - m["live"] for m in prism),
         "losses": losses,
         "losses_prototypes": without,
         "losses_dense": losses_dense,
     }
-
-
-def measure(cases, seeds, work):
-    """{name: (options of train.py, the name of the case whose dense twin it is compared with)} ->
-    {name: what compare finds}. Trains what is missing."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    runs, found = {}, {}
-    for (name, (options, twin)), seed in product(cases.items(), seeds):
-        runs[name, "PRISM", seed] = [*options, f"--seed={seed}"]
-        if twin == name:
-            runs[name, "dense", seed] = [*options, f"--seed={seed}", "--n_proto=0"]
-
-    def run(key):
-        out = trained(Path(work) / "{}-{}-{}".format(*key).replace(" ", ""), *runs[key])
-        ckpt = load_tensors(out / "ckpt.pt")
-        best = ckpt["rows"][-1]                                   # where the loss was lowest
-        print(f"{out}: val_ce {best['val_ce']:.4f}", flush=True)
-        return best | {"n_proto": ckpt["config"]["n_proto"]}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        metrics = dict(zip(runs, pool.map(run, runs)))
-    for name, (_, twin) in cases.items():
-        prism = [metrics[name, "PRISM", seed] for seed in seeds]
-        x = compare(prism, [metrics[twin, "dense", seed] for seed in seeds])
-        found[name] = x
-        print(f"{name}: PRISM against dense {x['loss']:+.2%}, without the residual "
-              f"{x['without_against_own']:+.2%} against its own, residual_share "
-              f"{x['residual_share']:.3f}, live {x['live']}, dead {x['dead']}")
-    return found
 
 
 def main(argv):
@@ -90,13 +59,30 @@ def main(argv):
     if cfg.seeds < 1 or not parse_config(TrainConfig, cfg.options.split()).n_proto:
         raise UserError(f"seeds is {cfg.seeds}, options {cfg.options!r}; expected at least 1, and "
                         "a model with prototypes: its dense twin is trained beside it")
-    cases = {}
-    for dataset in cfg.datasets.split(","):
-        name, options = Path(dataset).name, [f"--dataset={dataset}", *cfg.options.split()]
-        cases[name] = options, name
-        if cfg.adamw:
-            cases[f"{name}, AdamW"] = [*options, *cfg.adamw.split()], f"{name}, AdamW"
-    found = measure(cases, range(1, cfg.seeds + 1), cfg.work)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    datasets = cfg.datasets.split(",")
+    seeds = range(1, cfg.seeds + 1)
+
+    def run(job):
+        dataset, side, seed = job
+        words = [f"--dataset={dataset}", f"--seed={seed}", *SIDES[side], *cfg.options.split()]
+        out = trained(Path(cfg.work) / f"{Path(dataset).name}-{side}-{seed}", *words)
+        best = load_tensors(out / "ckpt.pt")["rows"][-1]          # where the loss was lowest
+        print(f"{out}: val_ce {best['val_ce']:.4f}", flush=True)
+        return best
+
+    jobs = list(product(datasets, SIDES, seeds))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        metrics = dict(zip(jobs, pool.map(run, jobs)))
+
+    found = {}
+    for dataset in datasets:
+        sides = [[metrics[dataset, side, seed] for seed in seeds] for side in SIDES]
+        x = compare(*sides)
+        found[Path(dataset).name] = x
+        print(f"{dataset}: PRISM against dense {x['loss']:+.2%}, without the residual "
+              f"{x['without_against_own']:+.2%} against its own, residual_share "
+              f"{x['residual_share']:.3f}, live {x['live']}")
     save_results(cfg.out, {"options": asdict(cfg), "against dense": found})
 
 
