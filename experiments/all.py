@@ -4,8 +4,6 @@
     python experiments/all.py --quick              a small version of each, into out-quick/
     python experiments/all.py --only=quality,lds   these scripts
     python experiments/all.py                      everything: a day and a half on 2 cores
-
-README.md in this folder says which datasets and runs must be there before.
 """
 import shlex
 import subprocess

@@ -15,8 +15,6 @@ bootstrap over queries with a jackknife over halves; methods are compared by the
     ceiling     sqrt(r), r the correlation of the losses of halves that are trained twice
     by source   a document gets its source's score times its share of the source's tokens
     removal     how much a loss rises without its best documents, 5% of all tokens
-
-Finished models and scores are kept in --work, so a run that was stopped continues.
 """
 import hashlib
 import itertools

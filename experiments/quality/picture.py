@@ -28,10 +28,15 @@ def main(argv):
 
     def show(tokens, between=" "):        # matplotlib would read $ as mathematics
         return between.join(repr(run.decode([t]))[1:-1] for t in tokens).replace("$", r"\$")
-    shares, names = e.contributions[0, -1].tolist() + [e.residual[0, -1].item()], []
-    for i in e.prototypes[0, -1].tolist():
+    protos = e.prototypes[0, -1]
+    slices = e.contributions[0, -1]
+    order = slices.abs().argsort(descending=True)
+    shares, names = slices[order[:12]].tolist(), []
+    for i in protos[order[:12]].tolist():
         raised = run.model.W[:run.tokenizer.n_vocab] @ run.model.prototypes[i]
         names.append(f"prototype {i}: {show(raised.topk(4).indices)}")
+    names.append(f"{len(order[12:])} more prototypes")
+    shares += [slices[order[12:]].sum().item(), e.residual[0, -1].item()]
     with figure(cfg.out, width=9, height=1.2 + 0.2 * len(shares)) as axes:
         ax, end = axes[0, 0], 0.0
         for row, share in enumerate(shares):  # each bar starts where the last one ended

@@ -138,7 +138,6 @@ def start(side, argv):
 
 
 def ask(process, steps):
-    """Lets a side train -> its answer."""
     with reading("the answer of a side", "its message stands above"):
         print(steps, file=process.stdin, flush=True)
         return json.loads(process.stdout.readline())
