@@ -71,8 +71,9 @@ def explain(run, ids, gains, top=3):
         token = repr(run.decode([y]))
         print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}")
         for j in slices[t].abs().argsort(descending=True)[:top]:
-            label = plain(str(labels.get(str(protos[t, j].item()), "")))
-            print(f"{slices[t, j]:+38.3f}  #{protos[t, j]} ({gates[t, j]:.2f}) {label}")
+            if gates[t, j] > 0:
+                label = plain(str(labels.get(str(protos[t, j].item()), "")))
+                print(f"{slices[t, j]:+38.3f}  #{protos[t, j]} ({gates[t, j]:.2f}) {label}")
     error = (residual + total - logit).abs().max()
     print(f"the last token is the likeliest; largest |residual + slices - logit|: {error:.1e}")
 

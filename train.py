@@ -57,7 +57,7 @@ class TrainConfig(PRISMConfig):
         """Raises UserError for a value out of range. PRISM itself checks the model's sizes."""
         for name, value in asdict(self).items():
             least = 1 if name in POSITIVE else 0
-            most = 1 if name in ("beta1", "beta2") else math.inf
+            most = 1 if name in ("beta1", "beta2", "decay") else math.inf
             if isinstance(value, (int, float)) and not least <= value < most:
                 raise UserError(f"{name} is {value}, expected at least {least}, below {most}")
             if value not in CHOICES.get(name, [value]):
