@@ -154,16 +154,16 @@ def evaluate(model, windows, cfg, rank, ranks, device, autocast):
 
 def orthogonal(g, dtype):
     """g (m, n) = U S V' -> about U V', in dtype. Five Newton-Schulz steps push the singular values
-    of g / |g| towards 1: X <- a X + b X X'X + c X X'X X'X (Jordan et al. 2024, with their a, b, c).
-    """
-    wide = g.size(0) <= g.size(1)
-    x = g.to(dtype) if wide else g.to(dtype).T                    # X X' is the smaller product
+    of g / |g| to 1: X <- a X + b XX'X + c XX'XX'X, a, b, c of Jordan et al. 2024."""
+    if g.size(0) > g.size(1):
+        return orthogonal(g.T, dtype).T                           # X X' is then the smaller product
+    x = g.to(dtype)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.T
         poly = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.addmm(x, poly, x, beta=3.4445)
-    return (x if wide else x.T).to(g.dtype)
+    return x.to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -296,7 +296,9 @@ def main(argv):
     step_model = torch.compile(model) if compiled else model
     if ranks > 1:
         step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True)
-    say = functools.partial(print, flush=True) if rank == 0 else str
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
     n_params = sum(p.numel() for p in model.parameters())
     say(f"{meta['name']}: {len(train_tokens):,} training and {len(val_tokens):,} validation tokens")
     say(f"model: {n_params:,} parameters, {cfg.n_proto} prototypes, vocabulary {cfg.vocab_size:,}")
