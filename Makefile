@@ -8,13 +8,13 @@ RUN = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647 .venv/bi
 demo: .venv/ready
 	@echo "1 of 8: Python's own documentation becomes tokens (15 seconds)"
 	@test -f data/pydoc/meta.json || $(RUN) data/prepare.py
-	@echo "2 of 8: a model with prototypes trains on it (3 minutes)"
+	@echo "2 of 8: a model with prototypes trains on it (1 to 5 minutes)"
 	@$(RUN) train.py --resume --max_iters=450
 	@echo "3 of 8: it continues a text (seconds)"
 	@$(RUN) sample.py --prompt="Return the number of" --num_samples=2 --max_new_tokens=60
-	@echo "4 of 8: the index of all training text (2 minutes)"
+	@echo "4 of 8: the index of all training text (1 to 3 minutes)"
 	@$(RUN) attribute.py index
-	@echo "5 of 8: which training text made it say ' bytes'? (seconds)"
+	@echo "5 of 8: which training text makes ' bytes' more likely there, and which less? (seconds)"
 	@$(RUN) attribute.py query --prompt="Return the number of" --target=" bytes" --top=3
 	@echo "6 of 8: which prototypes carry '>>>', and what if they are turned down? (20 seconds)"
 	@$(RUN) suppress.py find --behavior='>>>' --name=examples --mode=fit --tokens=60000
@@ -23,7 +23,7 @@ demo: .venv/ready
 	@$(RUN) report.py --prompt="Return the number of"
 	@echo "8 of 8: the sum behind each token, with the names of its prototypes (seconds)"
 	@$(RUN) sample.py --prompt="Return the number of" --explain
-	@echo "Done. Open out/report.html in a browser."
+	@echo "Done. Open out/report.html in a browser. To go on: . .venv/bin/activate"
 
 test: .venv/ready
 	$(RUN) -m pytest -q tests
