@@ -100,6 +100,8 @@ def tsne(X, steps=500):
     """X (n, d) float32 -> Y (n, 2), from the first two principal components downhill in KL(P|Q):
     q_ij ~ 1 / (1 + |y_i - y_j|^2),  dKL/dy_i = 4 sum_j (p_ij - q_ij) (y_i - y_j) / (1 + |..|^2)"""
     X = X - X.mean(0)
+    if len(X) < 4:                                                # too few for neighbourhoods
+        return np.zeros((len(X), 2))
     P = affinities(X, perplexity=min(30, len(X) / 4))
     Y = X @ np.linalg.eigh(X.T @ X)[1][:, :-3:-1]
     Y *= 0.01 / Y.std()
@@ -115,28 +117,6 @@ def tsne(X, steps=500):
 
 
 # --------------------------------------- prototype cards
-def count_words(index, tokens, before=6):
-    """How often each word occurs in these indexed tokens, each with a few before it."""
-    count = Counter()
-    for p in index.positions[tokens]:
-        text = index.run.decode(index.run.train[max(0, p - before):p + 1])
-        count.update(word.lower() for word in WORD.findall(text))
-    return count
-
-
-def label(words, at_large, K=50):
-    """The three words with the largest z of the log-odds against contexts at large, above 1.96:
-    y of n words here, b of N at large, a prior of K (Monroe et al. 2008, eqs. 15 to 22)."""
-    z = Counter()
-    n, N = words.total(), at_large.total() + len(words) + 1
-    for word, y in words.items():
-        b = at_large[word]
-        a = K * (b + 1) / N                                       # the prior of this word
-        delta = math.log((y + a) / (n + K - y - a)) - math.log((b + a) / (N + K - b - a))
-        z[word] = delta / math.sqrt(1 / (y + a) + 1 / (b + a))
-    return " ".join(word for word, value in z.most_common(3) if value > 1.96)
-
-
 def top_tokens(run, logits):
     top = logits.topk(8)
     return [[run.decode([y]), x] for y, x in zip(top.indices.tolist(), top.values.tolist())]
@@ -155,7 +135,6 @@ def make_cards(index):
     gates = index.gates.ravel()
     density = np.bincount(index.ids.ravel()[gates > 0], minlength=len(P)) / N
     frequent = np.argsort(-density, kind="stable")[:MAX_CARDS]
-    at_large = count_words(index, np.arange(0, N, 1 + N // 20000))
     cards = []
     for i, place in zip(frequent.tolist(), tsne(unit[frequent].numpy()).tolist()):
         p = index.order[index.start[i]:index.start[i + 1]]
@@ -172,10 +151,10 @@ def make_cards(index):
                              "text": index.around(int(index.positions[tokens[j]]), 14, 6)})
         sources = Counter(index.unit_of["source"][tokens].tolist()).most_common(5)
         raised = top_tokens(run, logits[i])
-        words = label(count_words(index, tokens[:100]), at_large)
+        words = [text.strip() or repr(text) for text, _ in raised[:4]]
         cards.append({"id": i,
                       "place": place,
-                      "label": words or " ".join(f"“{text}”" for text, _ in raised[:3]),
+                      "label": " ".join(words),                   # what it makes likely
                       "kinds": np.bincount(kinds[tokens[:100]], minlength=len(KINDS)).tolist(),
                       "gate": gates[p].sum(dtype=float) / max(1, n),
                       "raised": raised,
