@@ -1,11 +1,14 @@
 """What the experiments share: trained runs, results in JSON, rank correlation, pictures."""
 import contextlib
 import datetime
+import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from common import atomic, reading, write_json  # noqa: E402
+from common import atomic, load_dataset, reading, write_json  # noqa: E402
 from prism import UserError  # noqa: E402
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
@@ -35,6 +38,35 @@ def trained(out_dir, *options):
             raise UserError(f"train.py failed for {out_dir}: {done.stderr.strip()[-2000:]}")
         write_json(note, job | {"finished": True})
     return Path(out_dir)
+
+
+def write_dataset(folder, source, documents):
+    """Training documents (title, source, tokens), with the tokenizer and the held-out text of the
+    dataset `source`, as a dataset of their own."""
+    _, _, meta = load_dataset(source)
+    rows, size = [], 0
+    for title, origin, tokens in documents:
+        rows.append(dict(split="train", start=size, title=title, source=origin))
+        size += len(tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("val.bin", "tokenizer.json", "tokenizer.tiktoken"):
+        shutil.copy(source / name, folder / name)
+    text = np.concatenate([tokens for _, _, tokens in documents])
+    text.tofile(folder / "train.bin")
+    write_json(folder / "docs.json", rows)
+    meta["train"]["tokens"] = size
+    meta["sha256"]["train.bin"] = hashlib.sha256(text).hexdigest()
+    write_json(folder / "meta.json", meta)
+
+
+def trained_on(run, keep, work, seed, options):
+    """Trains a run in the folder `work` on the documents keep (D,) of run's training text -> Path"""
+    name = hashlib.sha256(np.packbits(keep).tobytes()).hexdigest()[:10]
+    folder = Path(work) / f"{name}-{seed}"
+    if not (folder / "data/meta.json").exists():
+        documents = zip(run.titles, run.source_of, np.split(run.train, run.doc_start[1:]))
+        write_dataset(folder / "data", run.folder, list(itertools.compress(documents, keep)))
+    return trained(folder / "run", *options, f"--dataset={folder / 'data'}", f"--seed={seed}")
 
 
 def options_of(ckpt):

@@ -16,10 +16,6 @@ bootstrap over queries with a jackknife over halves; methods are compared by the
     by source   a document gets its source's score times its share of the source's tokens
     removal     how much a loss rises without its best documents, 5% of all tokens
 """
-import hashlib
-import itertools
-import json
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from rivals import ask, check_methods, head_scores, right_sides, windows  # noqa: E402
 from tools import interval, number_list, save_results, spearman, trained  # noqa: E402
+from tools import trained_on  # noqa: E402
 
 from attribute import MU_SHARE, Index, build_index, conjugate_gradients  # noqa: E402
 from attribute import curvature_product, records  # noqa: E402
-from common import Run, UserError, dataset_folder, load_checkpoint, load_dataset  # noqa: E402
-from common import parse_config, run_main, write_json  # noqa: E402
+from common import Run, UserError, dataset_folder, load_checkpoint  # noqa: E402
+from common import parse_config, run_main  # noqa: E402
 
 TRAIN = ("--n_layer=2 --n_head=2 --n_embd=64 --n_proto=512 --top_k=8 --head_share=1 "
          "--max_iters=500 --device=cpu")
@@ -56,34 +53,10 @@ class LDSConfig:
     out: str = "experiments/results/lds.json"  # the result
 
 
-def write_dataset(folder, source, documents):
-    """Training documents (title, source, tokens), with the tokenizer and the held-out text of the
-    dataset `source`, as a dataset of their own."""
-    _, _, meta = load_dataset(source)
-    rows, size = [], 0
-    for title, origin, tokens in documents:
-        rows.append(dict(split="train", start=size, title=title, source=origin))
-        size += len(tokens)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("val.bin", "tokenizer.json", "tokenizer.tiktoken"):
-        shutil.copy(source / name, folder / name)
-    text = np.concatenate([tokens for _, _, tokens in documents])
-    text.tofile(folder / "train.bin")
-    write_json(folder / "docs.json", rows)
-    meta["train"]["tokens"] = size
-    meta["sha256"]["train.bin"] = hashlib.sha256(text).hexdigest()
-    write_json(folder / "meta.json", meta)
-
-
 def losses_without(cfg, run, queries, keep, seed):
     """Trains a model on the documents `keep` -> mean loss of each query (Q,), nats per token."""
-    name = hashlib.sha256(np.packbits(keep).tobytes()).hexdigest()[:10]
-    folder = Path(cfg.work) / f"{name}-{seed}"
-    if not (folder / "data/meta.json").exists():
-        documents = zip(run.titles, run.source_of, np.split(run.train, run.doc_start[1:]))
-        write_dataset(folder / "data", run.folder, list(itertools.compress(documents, keep)))
-    options = [f"--dataset={folder / 'data'}", f"--seed={seed}", *cfg.train.split()]
-    return query_losses(run, queries, trained(folder / "run", *options))
+    out_dir = trained_on(run, keep, cfg.work, seed, cfg.train.split())
+    return query_losses(run, queries, out_dir)
 
 
 def query_losses(run, queries, out_dir):

@@ -22,9 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from lds import write_dataset  # noqa: E402
 from rivals import head_scores, owners, windows  # noqa: E402
-from tools import read_results, save_results, trained  # noqa: E402
+from tools import read_results, save_results, trained, write_dataset  # noqa: E402
 
 from attribute import Index, build_index  # noqa: E402
 from common import Run, dataset_folder, load_dataset, load_documents  # noqa: E402
