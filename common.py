@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from prism import PRISM, PRISMConfig, UserError
+from prism import PRISM, Edit, PRISMConfig, UserError
 
 
 # --------------------------------------- options and command lines
@@ -149,21 +149,32 @@ def fingerprint(state):
     return h.hexdigest()
 
 
+def placed(ids, values, size, rest):
+    """Numbers at different places below `size`, `rest` elsewhere -> (size,) float tensor."""
+    values = torch.tensor(values, dtype=torch.float32)
+    distinct = len(set(ids) & set(range(size)))
+    if not distinct == len(ids) == len(values) or not (values.abs() < 1e6).all():
+        raise ValueError(f"expected finite numbers, and as many different ids below {size}")
+    return torch.full((size,), rest).index_copy(0, torch.tensor(ids, dtype=torch.long), values)
+
+
 def load_gains(path, model):
-    """A gains file {"checkpoint", "ids", "gains", ...} -> (M,) float tensor, 1 where unnamed;
-    "one.json,two.json" multiplies. Raises UserError for a file of another checkpoint."""
-    product = torch.ones(model.config.n_proto, device=model.W.device)
+    """A file {"checkpoint", "ids", "gains", "directions"} -> Edit; gains are 1 where unnamed. Of
+    "one.json,two.json" gains multiply, directions add. UserError for another checkpoint's file."""
+    M, d = model.prototypes.shape
+    g, w, c, u = torch.ones(M), [torch.zeros(M)], [torch.zeros(1)], [torch.zeros(d)]
     for name in str(path).split(","):
         with reading(f"gains file '{name}'", "python suppress.py find writes one"):
             content = json.loads(Path(name).read_text("utf-8"))
             if content["checkpoint"] != fingerprint(model.state_dict()):
                 raise ValueError("it was made for another checkpoint")
-            ids, values = content["ids"], torch.tensor(content["gains"], dtype=torch.float32)
-            distinct = len(set(ids) & set(range(len(product))))
-            if not distinct == len(ids) == len(values) or not (values.abs() < 1e6).all():
-                raise ValueError("expected finite gains and as many different ids below n_proto")
-            product[torch.tensor(ids, dtype=torch.long)] *= values.to(product)
-    return product
+            g *= placed(content["ids"], content["gains"], M, 1.0)
+            for e in content.get("directions", []):
+                w.append(placed(e["ids"], e["weights"], M, 0.0))
+                c.append(placed([0], [e["threshold"]], 1, 0.0))
+                u.append(placed(range(d), e["direction"], d, 0.0))
+    edit = Edit(g, torch.stack(w), torch.cat(c), torch.stack(u))
+    return Edit(*(part.to(model.W) for part in edit))
 
 
 # --------------------------------------- prepared datasets

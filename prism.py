@@ -4,6 +4,7 @@
     a_ti     = relu(s_ti) for the k most similar, else 0    gate, sparse and non-negative
     zhat_t   = sum_i a_ti p_i,    r_t = z_t - zhat_t        reconstruction and residual
     logits_t = W r_t + sum_i g_i a_ti W p_i                 gains g are ones; then it is W z_t
+    + sum_e relu(sum_i w_ei a_ti - c_e) W u_e               edits: prototypes detect, u_e acts
 
 B batch, T tokens, N = B T, d = n_embd, V = vocab_size, M = n_proto, k = top_k.
 """
@@ -129,9 +130,21 @@ def prototype_head(z, prototypes, top_k):
     return Mixture(ids, gates, zhat, z - zhat, nearest_token, values[:, 0].to(z.dtype))
 
 
-def apply_gains(z, ids, gates, gains, prototypes):
-    """r + sum_i g_i a_i p_i = z + sum_i (g_i - 1) a_i p_i. z (N, d), gains (M,) -> (N, d)."""
-    return z + mix(ids, gates * (gains[ids] - 1), prototypes)
+class Edit(NamedTuple):
+    """Gains g (M,), and E gated directions u (E, d) with detectors w (E, M), thresholds c (E,)."""
+    g: torch.Tensor
+    w: torch.Tensor
+    c: torch.Tensor
+    u: torch.Tensor
+
+    def fire(self, ids, gates):
+        """ids, gates (N, k) -> (N, E) relu(sum_i w_ei a_i - c_e)"""
+        return (mix(ids, gates, self.w.T) - self.c).relu()
+
+    def apply(self, z, ids, gates, prototypes):
+        """z (N, d) -> z + sum_i (g_i - 1) a_i p_i + sum_e relu(sum_i w_ei a_i - c_e) u_e"""
+        change = mix(ids, gates * (self.g[ids] - 1), prototypes)
+        return z + change + self.fire(ids, gates) @ self.u
 
 
 # --------------------------------------- cross-entropy without whole logits
@@ -174,15 +187,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 # --------------------------------------- the model
-@dataclass
-class Explanation:
-    """The ledger of one logit per token: contributions.sum(-1) + residual == logit."""
+class Explanation(NamedTuple):
+    """The ledger of one logit per token: contributions.sum(-1) + residual + edits."""
     targets: torch.Tensor        # (B, T) the token whose logit is explained
     logit: torch.Tensor          # (B, T)
     prototypes: torch.Tensor     # (B, T, k) ids, the most similar first
     gates: torch.Tensor          # (B, T, k) a >= 0, before gains
     contributions: torch.Tensor  # (B, T, k) g_i a_ti <W[target], p_i>
     residual: torch.Tensor       # (B, T) <W[target], r_t>
+    edits: torch.Tensor          # (B, T) sum_e gate_te <W[target], u_e> of an Edit
 
 
 class PRISM(nn.Module):
@@ -225,14 +238,22 @@ class PRISM(nn.Module):
         """z (..., d) -> Mixture of its N tokens."""
         return prototype_head(z.reshape(-1, z.size(-1)), self.prototypes, self.config.top_k)
 
+    def edit(self, gains):
+        """Gains (M,) or an Edit -> an Edit; gains have one direction, zero."""
+        if isinstance(gains, Edit):
+            return gains
+        M, d = self.prototypes.shape
+        if gains.shape != (M,):
+            raise UserError(f"{tuple(gains.shape)} gains, but n_proto = {M}")
+        zero = self.W.new_zeros
+        return Edit(gains.to(self.W), zero(1, M), zero(1), zero(1, d))
+
     def steer(self, z, gains=None):
-        """z (..., d), gains (M,) or None -> the states (..., d) that W reads."""
+        """z (..., d), gains (M,), an Edit or None -> the states (..., d) that W reads."""
         if gains is None:
             return z
-        if gains.shape != (self.config.n_proto,):
-            raise UserError(f"{tuple(gains.shape)} gains, but n_proto = {self.config.n_proto}")
         m, flat = self.mixture(z), z.reshape(-1, z.size(-1))
-        return apply_gains(flat, m.ids, m.gates, gains.to(z), self.prototypes).view_as(z)
+        return self.edit(gains).apply(flat, m.ids, m.gates, self.prototypes).view_as(z)
 
     def logits(self, z, gains=None):
         """z (..., d), gains (M,) or None -> (..., V): logits_t = W (r_t + sum_i g_i a_ti p_i)."""
@@ -241,15 +262,13 @@ class PRISM(nn.Module):
     def forward(self, idx, targets=None, gains=None, return_terms=False):
         """idx (B, T), targets (B, T) (-1 is ignored), gains (M,) or None -> logits (B, T, V), loss
 
-        Without targets only the last position's logits, and loss None. The trainer sets
-        return_terms and gets loss, terms (4,), detached; whole logits are never held then.
+        Without targets: the last position's logits, loss None. return_terms: loss, terms (4,).
             ce   next-token cross-entropy, in nats
             rec  mean_t |z_t - zhat_t|^2 / mean_t |z_t|^2, the denominator detached
             t2p  1 - mean_t max_i s_ti, each token state has a near prototype
             p2t  1 - mean_i max_t s_ti, each prototype has a near token state
             loss = ce + lambda_rec rec + lambda_t2p t2p + lambda_p2t p2t
-        Slices and residual add back to W z, so ce sends no gradient to the prototypes. In training
-        the last three are taken over the first head_share of the windows, which come at random.
+        ce sends no gradient to the prototypes: slices and residual add back to W z.
         """
         c, z = self.config, self.hidden(idx)
         if targets is None:
@@ -260,7 +279,7 @@ class PRISM(nn.Module):
         rec = t2p = p2t = ce.new_zeros(())
         if c.n_proto:
             share = c.head_share if self.training else 1.0
-            some = z[:math.ceil(share * len(z))]
+            some = z[:math.ceil(share * len(z))]                  # windows come at random
             m = self.mixture(some)
             rec = (m.residual.norm() / some.detach().norm()).square()
             t2p = 1 - m.nearest_proto.mean()
@@ -273,21 +292,24 @@ class PRISM(nn.Module):
     @torch.no_grad()
     def explain(self, idx, targets=None, gains=None):
         """idx (B, T), targets (B, T), by default the likeliest next tokens y -> Explanation:
-        logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, exactly."""
+        logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i> + edits, exactly."""
         z = self.hidden(idx)
         logits = self.logits(z, gains)
         if targets is None:
             targets = logits.argmax(-1)
-        w = self.W[targets]                                       # (B, T, d)
+        w = self.W[targets].flatten(0, 1)                         # (N, d)
         logit = logits.gather(-1, targets[..., None])[..., 0]
         m = self.mixture(z)
-        slices = m.gates * (w.flatten(0, 1) @ self.prototypes.T).gather(1, m.ids)  # a_ti <W_y, p_i>
+        slices = m.gates * (w @ self.prototypes.T).gather(1, m.ids)  # a_ti <W_y, p_i>
+        residual = (w * m.residual).sum(-1)                       # <W_y, r_t>
+        edits = torch.zeros_like(residual)
         if gains is not None:
-            slices = slices * gains.to(z)[m.ids]
-        residual = (w * m.residual.view_as(z)).sum(-1)            # <W_y, r_t>
+            edit = self.edit(gains)
+            slices = slices * edit.g[m.ids]
+            edits = (edit.fire(m.ids, m.gates) * (w @ edit.u.T)).sum(1)
         shape = *targets.shape, self.config.top_k
         return Explanation(targets, logit, m.ids.view(shape), m.gates.view(shape),
-                           slices.view(shape), residual)
+                           slices.view(shape), residual.view_as(logit), edits.view_as(logit))
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, seed=1337, gains=None,
@@ -321,15 +343,13 @@ class PRISM(nn.Module):
     @torch.no_grad()
     def start_prototypes(self, idx):
         """Sets the prototypes to hidden states of the tokens idx (B, T), times one factor that
-        minimises the mean |z - zhat|^2. For a trunk that is trained already."""
-        training = self.training
+        minimises the mean |z - zhat|^2. For a trained trunk; leaves the model in eval mode."""
         z = self.eval().hidden(idx).flatten(0, 1)                 # (N, d)
         M = self.config.n_proto
         rounds = [torch.randperm(len(z), device=z.device) for _ in range(0, M, len(z))]
         self.prototypes.copy_(z[torch.cat(rounds)[:M]])           # no state twice while they last
         zhat = self.mixture(z).reconstruction
         self.prototypes.mul_((z * zhat).sum() / zhat.square().sum())
-        self.train(training)
 
     @classmethod
     def from_pretrained(cls, source, **overrides):

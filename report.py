@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from attribute import Index
 from common import atomic, load_documents, parse_config, reading, run_main, write_json
+from sample import gate_ledger, largest_parts
 
 MAX_CARDS = 2048   # the prototypes that fire most often get a card
 WORD = re.compile(r"[^\W\d_]{2,}")
@@ -197,8 +198,18 @@ def explain(index, name, ids, n_prompt):
                        "prototypes": e.prototypes[0, t].tolist(),
                        "gates": e.gates[0, t].tolist(),
                        "contributions": e.contributions[0, t].tolist(),
+                       "parts": gate_parts(index.run.model, idx[0, :t + 1], e),
                        "influence": influence(index, r)})
     return {"name": name, "prompt": n_prompt, "tokens": tokens}
+
+
+def gate_parts(model, idx, e):
+    """{prototype: the largest parts of its gate}, of the largest slices of the last token of idx"""
+    t = len(idx) - 1
+    largest = e.contributions[0, t].abs().argsort(descending=True)[:3]
+    protos = e.prototypes[0, t, largest]
+    parts, _ = gate_ledger(model, idx, protos)
+    return rounded({i: list(largest_parts(parts, j)) for j, i in enumerate(protos.tolist())})
 
 
 def influence(index, r):

@@ -4,10 +4,10 @@
     python sample.py --prompt="Return the number of" --explain
 
 The ledger of a token y:  logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, residual + slices.
-The three largest slices stand under it; report.py gives the prototypes' labels.
-"""
+The largest slices stand under it; under those of the last token, the largest parts of the gate."""
 import codecs
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,56 @@ def sample(run, ids, gains, cfg):
         print("\n" + "-" * 20)
 
 
+@torch.no_grad()
+def gate_ledger(model, idx, i):
+    """Why prototypes i (n,) fire at the last token of idx (T,) -> parts {"token", "position",
+    "head 1.1", ..., "mlp 1", ..., "bias"} of each gate, (n, T) of a head, by the token that it
+    reads, else (n, 1); and the writes w, (T, d) or (1, d). z is the last layer norm of their sum:
+        z = sum_w D w + beta,    D w = gamma * (w - mean w) / sigma, the scale sigma as it is
+        cos(z, p_i) = sum_w <w, q_i> + <beta, p_i> / (|z| |p_i|),  q_i = D^T p_i / (|z| |p_i|)"""
+    trunk = model.transformer
+    ln = trunk.ln_f
+    token, position = trunk.wte(idx), trunk.wpe.weight[:len(idx)]
+    writes = {"token": token[-1:], "position": position[-1:]}     # (1, d) each
+    x = token + position                                          # (T, d)
+    for layer, block in enumerate(trunk.h, 1):
+        attn = block.attn
+        u = block.ln_1(x)
+        qkv = attn.c_attn(u).unflatten(1, (3, attn.n_head, -1))
+        q, k, v = qkv.permute(1, 2, 0, 3)                         # (heads, T, d / heads)
+        scores = k @ q[:, -1, :, None] / math.sqrt(q.size(-1))
+        att = scores.softmax(1)                                   # (heads, T, 1) of the last
+        W_O = attn.c_proj.weight.T.unflatten(0, (attn.n_head, -1))
+        for h, write in enumerate(att * (v @ W_O), 1):            # (T, d), att_s W_O v_s in row s
+            writes[f"head {layer}.{h}"] = write
+        x = x + attn(u[None])[0]
+        mlp = block.mlp(block.ln_2(x))
+        writes[f"mlp {layer}"] = mlp[-1:]
+        x = x + mlp
+    p = model.prototypes[i]                                       # (n, d)
+    sigma = (x[-1].var(correction=0) + ln.eps).sqrt()
+    size = ln(x[-1]).norm() * p.norm(dim=1)                       # (n,) |z| |p_i|
+    scaled = ln.weight * p / size[:, None]
+    q = (scaled - scaled.mean(1, keepdim=True)) / sigma           # (n, d), the readers of the gates
+    parts = {name: q @ w.T for name, w in writes.items()}
+    if model.config.bias:
+        biases = sum(block.attn.c_proj.bias for block in trunk.h)
+        parts["bias"] = (q @ biases + p @ ln.bias / size)[:, None]
+    return parts, writes
+
+
+def largest_parts(parts, j):
+    """(name, part, [(token, amount), ...]): the three largest parts of gate j, the largest head."""
+    sums = {name: part[j].sum().item() for name, part in parts.items()}
+    order = sorted(sums, key=lambda name: -abs(sums[name]))
+    heads = [name for name in order if "head" in name]
+    for name in dict.fromkeys(order[:3] + heads[:1]):
+        amounts = parts[name][j]
+        most = amounts.abs().argsort(descending=True)[:3].tolist()
+        read = [(s, amounts[s].item()) for s in most if name in heads]
+        yield name, sums[name], read
+
+
 def load_labels(run):
     """The labels of the prototypes' cards, {"12": "label"}; none before report.py wrote them."""
     path = run.out_dir / "labels.json"
@@ -55,35 +105,36 @@ def load_labels(run):
         return dict(content["labels"]) if content["checkpoint"] == run.hash else {}
 
 
-def explain(run, ids, gains, top=3):
-    """Prints the ledger: per token its logit as a sum, and under it the `top` largest slices."""
+def explain(run, ids, gains):
+    """Prints the ledger: per token its logit as a sum, and under it the three largest slices."""
     idx, labels = torch.tensor([ids], device=run.device), load_labels(run)
-    logits, _ = run.model(idx, gains=gains)
-    likeliest = logits[0, -1, :run.tokenizer.n_vocab].argmax().item()
-    targets = [*ids[1:], likeliest]
-    e = run.model.explain(idx, torch.tensor([targets], device=run.device), gains)
+    targets = run.model.generate(idx, 1, 0, gains=gains, n_vocab=run.tokenizer.n_vocab)[:, 1:]
+    e = run.model.explain(idx, targets, gains)
     protos, gates, logit = e.prototypes[0], e.gates[0], e.logit[0]
-    slices = e.contributions[0].double()                          # (T, k)
-    residual = e.residual[0].double()                             # (T,)
-    total = slices.sum(-1)
+    slices, residual = e.contributions[0], e.residual[0]          # (T, k), (T,)
+    total = slices.sum(1)
+    parts, _ = gate_ledger(run.model, idx[0], protos[-1])
     print("           token     logit =  residual +    slices")
-    for t, y in enumerate(targets):
-        token = repr(run.decode([y]))
-        print(f"{token:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}")
-        for j in slices[t].abs().argsort(descending=True)[:top]:
-            if gates[t, j] > 0:
-                label = plain(str(labels.get(str(protos[t, j].item()), "")))
-                print(f"{slices[t, j]:+38.3f}  #{protos[t, j]} ({gates[t, j]:.2f}) {label}")
+    for t, y in enumerate(targets[0]):
+        print(f"{run.decode([y])!r:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}")
+        largest = slices[t].abs().argsort(descending=True)[:3]
+        for j in largest[gates[t, largest] > 0]:
+            label = plain(str(labels.get(str(protos[t, j].item()), "")))
+            print(f"{slices[t, j]:+38.3f}  #{protos[t, j]} ({gates[t, j]:.2f}) {label}")
+            for name, part, read in largest_parts(parts, j) if t == len(ids) - 1 else ():
+                words = [f"{run.decode([ids[s]])!r} {amount:+.3f}" for s, amount in read]
+                print(f"{name:>48} {part:+.3f}", "reads" if read else "", *words)
     error = (residual + total - logit).abs().max()
     print(f"the last token is the likeliest; largest |residual + slices - logit|: {error:.1e}")
+    cosine = sum(part.sum(1) for part in parts.values())
+    error = (cosine.relu() - gates[-1]).abs().max()
+    print(f"under its prototypes, parts of the gate; largest |sum of parts - gate|: {error:.1e}")
 
 
 def main(argv):
     cfg = parse_config(SampleConfig, argv)
     run = Run(cfg.out_dir, cfg.device, text=False)
-    ids = run.tokenizer.encode_ordinary(cfg.prompt)
-    if not ids:
-        raise UserError("the prompt is empty; give at least one character: --prompt=\"The\"")
+    ids = run.tokenizer.encode_ordinary(cfg.prompt or "\n")
     if cfg.explain and not run.model.config.n_proto:
         raise UserError(f"{cfg.out_dir} holds a dense model (n_proto = 0): no ledger")
     if cfg.temperature < 0 or cfg.top_k < 0:

@@ -1,20 +1,26 @@
-"""Change what a trained model writes with one gain per prototype: no finetuning.
+"""Change what a trained model writes, without finetuning: prototypes detect, one direction acts.
 
     python suppress.py find --behavior='>>>' --name=examples    proposes out/gains/examples.json
+    python suppress.py find --source=tkinter --name=tkinter     all text of one source
     python suppress.py apply --gains=out/gains/examples.json    before and after, the same seeds
     python suppress.py sweep --gains=out/gains/examples.json    effect, price and random controls
 
-Gains g (M,) leave the trunk alone, so hidden states are computed once. A behavior is a regular
-expression; its onsets are the tokens that hold the first character of a match.
+An edit leaves the trunk alone, so hidden states are computed once. A behavior is an expression or
+text: a source, or a file. Its targets are the tokens that hold the first character of a match, or
+all tokens of the text.
 
-    logits_t = W (r_t + sum_i g_i a_ti p_i)            ones change nothing, 0 suppresses
-    w_v      = onsets of token v / occurrences of v    in the training text
-    rate     = mean_t sum_v w_v pi_tv                  pi_t = softmax(logits_t), no sampling
-    price    = rise of the loss of text without the behavior, in percent
+    direction   z'_t = z_t + relu(sum_i w_i a_ti - c) u      w on the prototypes that detect best
+    gains       z'_t = z_t + sum_i (g_i - 1) a_ti p_i        on the same ones
+    effect      rise    of the loss of targets, in nats
+                rate    mean_t sum_v b_v pi_tv, b_v = targets of token v / occurrences of v
+    price       loss    of text without the behavior, rise in percent
+                benign  of the tokens v with b_v > 0 there, rise in percent
+                KL      (pi_t || pi'_t) on text with none of it within 32 tokens, in nats
 
-`find` keeps the lowest rate at an allowed price on one half of the held-out text; `sweep` measures
-on the other. Mode shared gives the best prototypes one gain, 0 or -1; mode fit gives each its own.
+`find` takes the strongest edit at an allowed price on one half of the held-out text; `sweep`
+measures on the other.
 """
+import difflib
 import itertools
 import json
 import re
@@ -24,22 +30,28 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from common import (Run, load_gains, parse_config, plain, reading, run_command, run_main,
-                    write_json)
-from prism import UserError, apply_gains, log_softmax_chunks
+from common import (Run, load_documents, load_gains, parse_config, plain, reading, run_command,
+                    run_main, write_json)
+from prism import Edit, UserError, log_softmax_chunks
 
-SIZES, GAINS = (1, 2, 4, 8, 16, 32), (0.0, -1.0)         # of mode shared
-FITTED, LAMBDAS = (16, 64, 256), (0.1, 0.3, 1.0)         # of mode fit
+SIZES, LAMBDAS = (16, 64, 256), (0.03, 0.1, 0.3)         # detectors, weights of the effect
+STRENGTHS = 0.25, 0.5, 0.75, 1.0, 1.5, 2.0               # of sweep
+LEAST = 20                                               # targets in training text
 
 
 @dataclass
 class FindConfig:
     out_dir: str = "out"      # the run
-    behavior: str = ""        # a regular expression over text
-    name: str = "behavior"    # the gains are written to out_dir/gains/NAME.json
-    mode: str = "auto"        # shared, fit, or auto: the lowest rate of both
-    price: float = 0.5        # largest rise of the loss in percent, on the tuning half
+    behavior: str = ""        # a regular expression over text; or instead of it
+    source: str = ""          # a source of the dataset: all its text
+    texts: str = ""           # two files with a comma between: text with the behavior, and without
+    name: str = "behavior"    # the edit is written to out_dir/gains/NAME.json
+    mode: str = "direction"   # direction, or gains: the simplest edit
+    size: int = 0             # prototypes that may detect; 0 tries 16, 64 and 256
+    price: float = 0.5        # most that loss and benign loss may rise, percent, on the tuning half
+    kl: float = 0.02          # most nats of KL on unrelated text, on the tuning half
     tokens: int = 200000      # training tokens to learn from
     seed: int = 1             # of the choice of text, and of fitting
     device: str = "auto"      # auto, cpu, cuda or mps
@@ -61,14 +73,13 @@ class ApplyConfig:
 class SweepConfig:
     out_dir: str = "out"       # the run
     gains: str = ""            # a file that find wrote
-    tokens: int = 200000       # training tokens to learn from
-    seed: int = 2              # of text, fitting, controls and sampling
+    seed: int = 2              # of controls and sampling
     device: str = "auto"       # auto, cpu, cuda or mps
 
 
 # ------------------------------------------- a behavior in text
 def compile_pattern(behavior):
-    with reading(f"behavior={behavior}", "expected a regular expression, as --behavior='>>>'"):
+    with reading(f"the pattern {behavior}", "expected a regular expression, as --behavior='>>>'"):
         return re.compile(behavior)
 
 
@@ -98,11 +109,48 @@ def marks(tokens, pattern, pieces):
     return carried, onset
 
 
-def mark_text(run, tokens, pattern):
-    """-> tokens, carried, onset (N,) on the run's device."""
-    pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
-    arrays = tokens.astype(np.int64), *marks(tokens, pattern, pieces)
-    return [torch.from_numpy(u).to(run.device) for u in arrays]
+class Marked(NamedTuple):
+    """N tokens: which belong to the behavior, and which are its targets."""
+    tokens: torch.Tensor   # (N,)
+    inside: torch.Tensor   # (N,) bool
+    target: torch.Tensor   # (N,) bool
+
+
+def of_source(run, name, split):
+    """-> (N,) bool: the tokens of a split that are of this source"""
+    if name not in run.sources:
+        near = difflib.get_close_matches(name, run.sources.tolist(), n=1, cutoff=0.0)[0]
+        raise UserError(f"source={name} is not in the training text; the nearest is {near}")
+    n = len(run.train) if split == "train" else len(run.val)
+    start, _, sources = load_documents(run.folder, split, n)
+    return np.repeat(np.array(sources) == name, np.diff([*start, n]))
+
+
+def of_files(run, texts, split):
+    """Tokens of both files' first two thirds (train) or last third -> and whether of the first"""
+    parts = []
+    with reading(f"texts={texts}", "expected two files of text, as --texts=with.txt,without.txt"):
+        first, second = texts.split(",")
+        for name in (first, second):
+            ids = run.tokenizer.encode_ordinary(Path(name).read_text("utf-8"))
+            cut = 2 * len(ids) // 3
+            parts.append(ids[:cut] if split == "train" else ids[cut:])
+    return np.array(sum(parts, [])), np.repeat([True, False], [len(ids) for ids in parts])
+
+
+def mark(run, cfg, split):
+    """The behavior of a FindConfig in the text of a split -> Marked, on the run's device"""
+    text = run.train[:2 ** 22] if split == "train" else run.val[:2 ** 19]
+    if cfg.behavior:
+        pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
+        inside, target = marks(text, compile_pattern(cfg.behavior), pieces)
+    elif cfg.source:
+        inside = target = of_source(run, cfg.source, split)[:len(text)]
+    else:
+        text, target = of_files(run, cfg.texts, split)
+        inside = target
+    arrays = text.astype(np.int64), inside, target
+    return Marked(*(torch.from_numpy(u).to(run.device) for u in arrays))
 
 
 # ------------------------------------------- cached hidden states
@@ -112,8 +160,9 @@ class States(NamedTuple):
     ids: torch.Tensor      # (N, k)
     gates: torch.Tensor    # (N, k)
     y: torch.Tensor        # (N,) the next token
-    onset: torch.Tensor    # (N,) bool: y begins the behavior
+    target: torch.Tensor   # (N,) bool: y is a target of the behavior
     free: torch.Tensor     # (N,) bool: y is no part of it
+    far: torch.Tensor      # (N,) bool: nor is any token within 32 of y
 
     def take(self, keep):
         return States(*(u[keep] for u in self))
@@ -121,199 +170,237 @@ class States(NamedTuple):
 
 @torch.no_grad()
 def load_states(run, text, windows):
-    """text of mark_text(), numbers (n,) of its windows of block_size tokens -> States in order"""
-    tokens, carried, onset = text
+    """Marked text, numbers (n,) of its windows of block_size tokens -> States in order"""
+    near = F.max_pool1d(text.inside.float()[None], 65, 1, 32)[0] > 0
     place = windows[:, None] * run.T + torch.arange(run.T)
     parts = []
     for some in place.to(run.device).split(32):
-        z = run.model.hidden(tokens[some]).flatten(0, 1)
+        z = run.model.hidden(text.tokens[some]).flatten(0, 1)
         m = run.model.mixture(z)
-        after = some.flatten() + 1
-        parts.append(States(z, m.ids, m.gates, tokens[after], onset[after], ~carried[after]))
+        y = some.flatten() + 1
+        marked = text.tokens[y], text.target[y], ~text.inside[y], ~near[y]
+        parts.append(States(z, m.ids, m.gates, *marked))
     return States(*(torch.cat(u) for u in zip(*parts)))
 
 
-def behavior_states(run, behavior, n_tokens, seed):
-    """What a behavior is measured with -> w (V,), and States of n_tokens of training text, of the
-    tuning half and of the test half of the held-out text (alternate windows)."""
-    pattern = compile_pattern(behavior)
-    text = mark_text(run, run.train[:2 ** 22], pattern)
-    tokens, _, onset = text
-    n_windows = (len(tokens) - 1) // run.T
-    drawn = torch.randperm(n_windows, generator=torch.Generator().manual_seed(seed))
-    train = load_states(run, text, drawn[:max(1, n_tokens // run.T)])
-    if not train.onset.any():
-        raise UserError(f"behavior={behavior} never occurs in {len(train.y):,} training tokens; "
-                        "expected a pattern that does, as --behavior='>>>'; or raise --tokens")
-    # w_v = onsets of token v / occurrences of v
-    V = run.model.config.vocab_size
-    count = torch.bincount(tokens, minlength=V)
-    w = torch.bincount(tokens[onset], minlength=V) / count.clamp(min=1)
-
-    val = mark_text(run, run.val[:2 ** 16], pattern)
-    windows = torch.arange((len(val[0]) - 1) // run.T)
-    if len(windows) < 2:
-        raise UserError(f"{len(val[0])} held-out tokens, expected {2 * run.T + 1}: prepare more")
-    tune = load_states(run, val, windows[0::2])
-    test = load_states(run, val, windows[1::2])
-    return w, train, tune, test
+def draw_windows(text, T, n, balanced, seed, part=slice(None)):
+    """n of the windows in a part of the text, drawn at random; balanced: half hold targets"""
+    rng = torch.Generator().manual_seed(seed)
+    windows = torch.arange((len(text.tokens) - 1) // T)[part]
+    windows = windows[torch.randperm(len(windows), generator=rng)]
+    if balanced:
+        place = windows[:, None] * T + 1 + torch.arange(T)
+        has = text.target.cpu()[place].any(1)
+        windows = torch.cat((windows[has][:n // 2], windows[~has]))
+    return windows[:n]
 
 
-# ------------------------------------------- what gains do to cached states
+def behavior_states(run, cfg):
+    """What a behavior is measured with -> b (V,), zeros for text, and States of training text, of
+    the tuning half and of the test half of the held-out text (alternate windows)."""
+    given = [cfg.behavior, cfg.source, cfg.texts]
+    if given.count("") != 2:
+        raise UserError("expected one of --behavior='>>>', --source=NAME and --texts=WITH,WITHOUT")
+    text, val = mark(run, cfg, "train"), mark(run, cfg, "val")
+    if len(val.tokens) <= 2 * run.T:
+        raise UserError(f"{len(val.tokens)} held-out tokens, expected {2 * run.T + 1}: give more")
+    b = torch.zeros(run.model.config.vocab_size, device=run.device)
+    if cfg.behavior:                                              # b_v = targets / occurrences of v
+        count = torch.bincount(text.tokens, minlength=len(b))
+        b = torch.bincount(text.tokens[text.target], minlength=len(b)) / count.clamp(min=1)
+    is_text = not cfg.behavior
+    drawn = draw_windows(text, run.T, max(2, cfg.tokens // run.T), True, cfg.seed)
+    train = load_states(run, text, drawn)
+    even = draw_windows(val, run.T, 128, is_text, cfg.seed, slice(0, None, 2))
+    odd = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(1, None, 2))
+    tune, test = load_states(run, val, even), load_states(run, val, odd)
+    found = [int(s.target.sum()) for s in (train, tune, test)]
+    if found[0] < LEAST or min(found) < 1 or train.target.all():
+        raise UserError(f"too little text: {found[0]} targets in training text and {found[1:]} in "
+                        f"the halves of the held-out text, expected {LEAST} and one each, and text "
+                        "without; take a less rare behavior, or raise --tokens")
+    return b, train, tune, test
+
+
+# ------------------------------------------- what an edit does to cached states
 @torch.no_grad()
-def measure(model, s, w, gains=None):
-    """States, w (V,), gains (M,) or None -> (2, N): loss in nats, rate = sum_v w_v pi_tv"""
+def measure(model, s, b, edit=None):
+    """-> (3, N): loss in nats, rate = sum_v b_v pi_tv, KL(pi || pi') in nats"""
     z = s.z
-    if gains is not None:
-        z = apply_gains(z, s.ids, s.gates, gains, model.prototypes)
-    result = z.new_empty(2, len(z))
+    if edit is not None:
+        z = edit.apply(z, s.ids, s.gates, model.prototypes)
+    result = z.new_empty(3, len(z))
     for at, logp in log_softmax_chunks(z, model.W):
-        result[0, at] = -logp.gather(1, s.y[at, None])[:, 0]
-        result[1, at] = logp.exp() @ w
+        some = s.take(at)
+        before = (some.z @ model.W.T).log_softmax(1)
+        result[0, at] = -logp.gather(1, some.y[:, None])[:, 0]
+        result[1, at] = logp.exp() @ b
+        result[2, at] = (before.exp() * (before - logp)).sum(1)
     return result
 
 
-def effect(s, before, after):
-    """Two results of measure() -> rise of the loss of text without the behavior, in percent; the
-    rate after, as a share of before."""
-    loss = after[0, s.free].sum() / before[0, s.free].sum()
-    rate = after[1].sum() / before[1].sum()
-    return 100 * (loss.item() - 1), rate.item()
+def interval(numerator, denominator, seed=0, draws=1000):
+    """Two arrays (n,) -> the ratio of their sums, and its 95% interval by bootstrap of the units"""
+    drawn = np.random.default_rng(seed).integers(0, len(numerator), (draws, len(numerator)))
+    ratios = numerator[drawn].sum(1) / denominator[drawn].sum(1).clip(1e-9)
+    low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
+    return float(numerator.sum() / denominator.sum()), low, high
 
 
-def shuffled(gains, fires, seed):
-    """The control: the same gains (M,) on other prototypes that fire about as often -> (M,)"""
-    rng = torch.Generator().manual_seed(seed)
-    control = gains.clone()
-    for group in fires.argsort(stable=True).split(32):            # neighbors in order of firing
-        group = group[torch.randperm(len(group), generator=rng)]
-        is_one = (gains[group] == 1).int()
-        group = group[is_one.argsort(stable=True)]                # gains other than 1 come first,
-        control[group] = gains[group].flip(0)                     # and change places with ones
-    return control
+def effect(s, b, before, after, T):
+    """Two results of measure() on whole windows -> {name: [value, low, high]} of those that there
+    are: rate (a share of before), rise (nats), loss and benign (percent), kl (nats)."""
+    one = torch.ones_like(before[0])
+    benign = s.free & (b[s.y] > 0)
+    quotients = dict(rate=(after[1], before[1], before[1] > 0),
+                     rise=(after[0] - before[0], one, s.target),
+                     loss=(after[0] - before[0], before[0] / 100, s.free),
+                     benign=(after[0] - before[0], before[0] / 100, benign),
+                     kl=(after[2], one, s.far))
+    found = {}
+    for name, (numerator, denominator, keep) in quotients.items():
+        sums = torch.stack((numerator, denominator)).double() * keep
+        per_window = sums.view(2, -1, T).sum(2).cpu().numpy()
+        if keep.sum() >= LEAST:
+            found[name] = list(interval(*per_window))
+    return found
 
 
-# ------------------------------------------- find: which prototypes, and which gains
-def rank_prototypes(model, s):
-    """States -> margin, merit, fires (the tokens with a gate above 0), each (M,)
+def shown(e):
+    """effect() on one line"""
+    forms = dict(rate="rate x{:.3f}", rise="targets {:+.2f} nats", loss="loss {:+.2f}%",
+                 benign="benign {:+.2f}%", kl="KL {:.4f}")
+    parts = []
+    for name, (value, low, high) in e.items():
+        parts.append(f"{forms[name].format(value)} [{low:.3g}, {high:.3g}]")
+    return "  ".join(parts)
 
-        margin_i   sum over onsets of a_ti <W_y - mean W, p_i>, a share of <W_y - mean W, z_t>
-        benefit_i  sum over onsets of -dCE / dg_i = a_ti <W_y - W^T pi_t, p_i>
-        price_i    the same sum over text without the behavior
-        merit_i    benefit_i / (|price_i| + mean |price|)
+
+# ------------------------------------------- find: which prototypes, and which edit
+def mean_gates(s, keep, M, power=1):
+    """-> (M,) mean over the tokens `keep` of a_ti ** power"""
+    sums = s.z.new_zeros(M)
+    sums.index_add_(0, s.ids[keep].flatten(), s.gates[keep].flatten() ** power)
+    return sums / keep.sum()
+
+
+def rank_prototypes(s, M):
+    """States -> (M,) how well each detects: (mean a at targets - elsewhere) / standard deviation"""
+    on, off = mean_gates(s, s.target, M), mean_gates(s, ~s.target, M)
+    square = mean_gates(s, s.target, M, 2) + mean_gates(s, ~s.target, M, 2)
+    return (on - off) / (square - on ** 2 - off ** 2 + 1e-6).sqrt()
+
+
+def fit(model, s, ids, mode, lam, seed=0, steps=120, batch=1024):
+    """States, prototypes ids (n,) -> Edit of these that minimizes, by Adam,
+
+        mean over other tokens of KL(pi_t || pi'_t)  +  lam * sum pi'_t[y_t] / sum pi_t[y_t]
+
+    with the sums over targets, a quarter of each batch.
     """
     W, P = model.W, model.prototypes
-    margin, error = torch.empty_like(s.gates), torch.empty_like(s.gates)   # (N, k)
-    logit = 0.0
-    for at, logp in log_softmax_chunks(s.z, W):
-        b = s.take(at)
-        centered = W[b.y] - W.mean(0)
-        residual = W[b.y] - logp.exp() @ W
-        margin[at] = b.gates * (centered @ P.T).gather(1, b.ids)
-        error[at] = b.gates * (residual @ P.T).gather(1, b.ids)
-        logit += (centered * b.z)[b.onset].sum()
-
-    def total(values, keep):                                      # (N, k), (N,) -> (M,)
-        sums = torch.zeros_like(P[:, 0])
-        return sums.index_add_(0, s.ids[keep].flatten(), values[keep].flatten())
-
-    price = total(error, s.free).abs()
-    merit = total(error, s.onset) / (price + price.mean())
-    fires = torch.bincount(s.ids[s.gates > 0], minlength=len(P))
-    return total(margin, s.onset) / logit, merit, fires
-
-
-def fit(model, s, w, rate_0, lam, ids, seed=0, steps=60, batch=1024, lr=0.1):
-    """States, w (V,), the unchanged model's mean rate -> gains (M,), 1 but for prototypes `ids`
-
-    minimizes over theta = g - 1   mean_t [ KL(q_t || pi_t without onsets) + lam rate_t / rate_0 ]
-
-    in a few steps of Adam; q_t is the unchanged model's distribution without onsets.
-    """
-    W, P = model.W, model.prototypes
-    rng = torch.Generator().manual_seed(seed)
-    ones = torch.ones_like(P[:, 0])
-    fires = torch.isin(s.ids, ids) & (s.gates > 0)
-    s = s.take(fires.any(1))                                      # no other token changes
-    theta = torch.zeros(len(ids), device=P.device, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], lr)
+    M, rng = len(P), torch.Generator().manual_seed(seed)
+    on, off = mean_gates(s, s.target, M)[ids], mean_gates(s, ~s.target, M)[ids]
+    w = (on - off) / ((on - off) @ on)                            # w.a = 1 at the mean target
+    c = (w @ off)[None]                                           # relu(w.a - c) = 0 elsewhere
+    u = F.normalize(s.z[~s.target].mean(0) - s.z[s.target].mean(0), dim=0)
+    theta = torch.zeros_like(w)                                   # g - 1
+    fitted = [w, c, u]
+    if mode == "gains":
+        fitted, u = [theta], torch.zeros_like(u)
+    groups = [{"params": [x.requires_grad_()], "lr": 0.05 if x is u else 0.02} for x in fitted]
+    optimizer = torch.optim.Adam(groups)
+    ones, zeros = torch.ones_like(P[:, 0]), torch.zeros_like(P[:, 0])
+    targets, others = s.target.nonzero()[:, 0], (~s.target).nonzero()[:, 0]
+    n = batch // 4
     for step in range(steps):
-        drawn = torch.randint(len(s.z), (batch,), generator=rng)
-        b = s.take(drawn.to(P.device))
-        # q_v ~ pi_v (1 - w_v)
-        q = (b.z @ W.T).softmax(1) * (1 - w)
-        q /= q.sum(1, keepdim=True).clamp(min=1e-9)
-        # KL(q || pi (1 - w) / (1 - rate_t)), without the terms that do not depend on theta
-        gains = ones.index_add(0, ids, theta)
-        z = apply_gains(b.z, b.ids, b.gates, gains, P)
-        logp = (z @ W.T).log_softmax(1)
-        rate = logp.exp() @ w
-        kl = (1 - rate).clamp(min=1e-4).log() - (q * logp).sum(1)
-        loss = (kl + lam * rate / rate_0).mean()
+        drawn = torch.randint(len(targets), (n,), generator=rng)
+        more = torch.randint(len(others), (batch - n,), generator=rng)
+        some = s.take(torch.cat((targets[drawn], others[more])))
+        edit = Edit(ones.index_add(0, ids, theta), zeros.index_add(0, ids, w)[None], c, u[None])
+        z = edit.apply(some.z, some.ids, some.gates, P)
+        before, after = (some.z @ W.T).log_softmax(1), (z @ W.T).log_softmax(1)
+        kl = (before.exp() * (before - after)).sum(1)[n:]
+        y = some.y[:n, None]
+        share = after[:n].gather(1, y).exp().sum() / before[:n].gather(1, y).exp().sum()
+        loss = kl.mean() + lam * share
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return ones.index_add(0, ids, theta.detach())
+    return Edit(*(part.detach() for part in edit))
 
 
-def candidates(model, s, w, merit, mode="auto", seed=0):
-    """States of training text -> yields (mode, size, setting, gains (M,))"""
-    order = merit.argsort(descending=True)
-    if mode in ("auto", "shared"):
-        for size in SIZES:
-            for gain in GAINS:
-                gains = torch.ones_like(merit).index_fill(0, order[:size], gain)
-                yield "shared", size, f"gain {gain:+g}", gains
-    if mode in ("auto", "fit"):
-        _, rate = measure(model, s, w)
-        for size in FITTED:
-            for lam in LAMBDAS:
-                gains = fit(model, s, w, rate.mean(), lam, order[:size], seed)
-                gains[(gains - 1).abs() <= 0.02] = 1.0
-                yield "fit", size, f"lambda {lam:g}", gains
+def scaled(edit, strength):
+    return edit._replace(g=1 + strength * (edit.g - 1), u=strength * edit.u)
 
 
-def write_gains(path, run, gains, **facts):
-    """A gains file that common.load_gains reads. The sweep of an older file of this name goes."""
-    ids = (gains != 1).nonzero()[:, 0].tolist()
-    facts = dict(checkpoint=run.hash, **facts, ids=ids, gains=gains[ids].tolist())
+def strongest(model, s, b, edit, cfg, T):
+    """Bisection of the strength, 1/8 to 8 -> the strongest Edit at the allowed price, its effect"""
+    before = measure(model, s, b)
+    low, high, found = -3.0, 3.0, None
+    for _ in range(6):
+        middle = (low + high) / 2
+        stronger = scaled(edit, 2 ** middle)
+        e = effect(s, b, before, measure(model, s, b, stronger), T)
+        price = max(e[name][0] for name in ("loss", "benign") if name in e)
+        kl = e["kl"][0] if "kl" in e else 0.0
+        if price <= cfg.price and kl <= cfg.kl:
+            low, found = middle, (stronger, e)
+        else:
+            high = middle
+    return found
+
+
+def write_edit(path, run, edit, **facts):
+    """A file that common.load_gains reads. The sweep of an older file of this name goes."""
+    ids = (edit.g != 1).nonzero()[:, 0].tolist()
+    directions = []
+    for w, c, u in zip(edit.w, edit.c.tolist(), edit.u.tolist()):
+        named = w.nonzero()[:, 0].tolist()
+        directions.append(dict(ids=named, weights=w[named].tolist(), threshold=c, direction=u))
     path.with_suffix(".sweep.json").unlink(missing_ok=True)
-    write_json(path, facts)
+    write_json(path, dict(checkpoint=run.hash, **facts, ids=ids, gains=edit.g[ids].tolist(),
+                          directions=directions))
 
 
 def find(argv):
     cfg = parse_config(FindConfig, argv)
     run = Run(cfg.out_dir, cfg.device)
     model = run.model
-    w, train, tune, _ = behavior_states(run, cfg.behavior, cfg.tokens, cfg.seed)
-    print(f"{train.onset.sum():,} onsets in {len(train.y):,} training tokens")
-    margin, merit, _ = rank_prototypes(model, train)
-    for i in margin.argsort(descending=True)[:10].tolist():
+    M = model.config.n_proto
+    if cfg.mode not in ("direction", "gains"):
+        raise UserError(f"mode={cfg.mode}, expected direction or gains")
+    b, train, tune, _ = behavior_states(run, cfg)
+    print(f"{train.target.sum():,} targets in {len(train.y):,} training tokens")
+    order = rank_prototypes(train, M).argsort(descending=True)
+    best, least = None, float("inf")
+    for size, lam in itertools.product([cfg.size] if cfg.size else SIZES, LAMBDAS):
+        found = fit(model, train, order[:size], cfg.mode, lam, cfg.seed)
+        found = strongest(model, tune, b, found, cfg, run.T)
+        print(f"{size:>3}, lambda {lam:<4}  {shown(found[1]) if found else 'too dear'}", flush=True)
+        if found:
+            left = found[1]["rate"][0] if cfg.behavior else -found[1]["rise"][0]
+            if left < least:
+                least, best = left, (*found, lam)
+    if best is None:
+        raise UserError(f"no edit at {cfg.price}% and {cfg.kl} nats; raise --price or --kl")
+    edit, e, lam = best
+    weight = edit.w[0] if cfg.mode == "direction" else edit.g - 1
+    for i in weight.abs().argsort(descending=True)[:10].tolist():
         logits = model.W[:run.tokenizer.n_vocab] @ model.prototypes[i]
         raised = [run.decode([t]) for t in logits.argsort(descending=True)[:5]]
-        print(f"prototype {i:>4}  margin {margin[i]:.3f}  raises {raised}")
-    before = measure(model, tune, w)
-    best, lowest = None, 1.0
-    for mode, size, setting, gains in candidates(model, train, w, merit, cfg.mode, cfg.seed):
-        loss, rate = effect(tune, before, measure(model, tune, w, gains))
-        print(f"{mode} {size:>3}  {setting:<10}  loss {loss:+.3f}%  rate {rate:.4f}", flush=True)
-        if loss <= cfg.price and rate < lowest:
-            lowest, best = rate, gains
-            found = dict(by=mode, size=size, setting=setting, tuning_loss_percent=loss,
-                         tuning_rate=rate, **asdict(cfg))
-    if best is None:
-        raise UserError(f"mode {cfg.mode} (auto, shared, fit): none at {cfg.price}%; raise --price")
+        print(f"prototype {i:>4}  weight {weight[i]:+.3f}  raises {raised}")
     path = run.out_dir / "gains" / f"{cfg.name}.json"
-    write_gains(path, run, best, behavior=cfg.behavior, found=found)
-    print(f"{path}: {found['by']}, loss {found['tuning_loss_percent']:+.2f}%, rate x {lowest:.3f}")
+    write_edit(path, run, edit, find=asdict(cfg), lam=lam, tuning=e)
+    print(f"{path}: {shown(e)}")
 
 
 # ------------------------------------------- apply and sweep: before and after
 def read_facts(path):
-    """A gains file of find -> its behavior, and the price allowed."""
+    """A gains file of find -> its FindConfig, and lambda."""
     with reading(f"gains file '{path}'", "expected one file that suppress.py find wrote"):
         facts = json.loads(Path(path).read_text("utf-8"))
-        return facts["behavior"], float(facts["found"]["price"])
+        return FindConfig(**facts["find"]), float(facts["lam"])
 
 
 def beginnings(run, n, seed):
@@ -327,9 +414,10 @@ def beginnings(run, n, seed):
     return torch.from_numpy(tokens).to(run.device)
 
 
-def samples(run, idx, pattern, max_new_tokens, temperature, seed, gains=None):
+def samples(run, idx, behavior, max_new_tokens, temperature, seed, gains=None):
     """Continues idx (n, L) -> n pairs (matches that begin in the new tokens, the whole text)."""
     pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
+    pattern = compile_pattern(behavior)
     rows = run.model.generate(idx, max_new_tokens, temperature, seed=seed, gains=gains,
                               n_vocab=run.tokenizer.n_vocab)
     result = []
@@ -346,12 +434,12 @@ def apply(argv):
                         "expected at least 1 and 0")
     run = Run(cfg.out_dir, cfg.device)
     gains = load_gains(cfg.gains, run.model)
-    behavior, _ = read_facts(cfg.gains.split(",")[0])
+    found, _ = read_facts(cfg.gains.split(",")[0])
     idx = beginnings(run, cfg.num_samples, cfg.seed)
     if cfg.prompt:
         ids = run.tokenizer.encode_ordinary(cfg.prompt)
         idx = torch.tensor([ids] * cfg.num_samples, device=run.device)
-    options = compile_pattern(behavior), cfg.max_new_tokens, cfg.temperature, cfg.seed
+    options = found.behavior, cfg.max_new_tokens, cfg.temperature, cfg.seed
     before = samples(run, idx, *options)
     after = samples(run, idx, *options, gains)
     for old, new in zip(before, after):
@@ -362,33 +450,33 @@ def apply(argv):
 def sweep(argv):
     cfg = parse_config(SweepConfig, argv)
     run = Run(cfg.out_dir, cfg.device)
-    model = run.model
-    gains = load_gains(cfg.gains, model)
-    behavior, price = read_facts(cfg.gains)
-    w, train, _, test = behavior_states(run, behavior, cfg.tokens, cfg.seed)
-    _, merit, fires = rank_prototypes(model, train)
-    # teacher-forced: each candidate, and the same gains on other prototypes
-    before = measure(model, test, w)
-    proposed = candidates(model, train, w, merit, seed=cfg.seed)
-    chosen = "chosen", int((gains != 1).sum()), "", gains
+    model, T = run.model, run.T
+    edit = load_gains(cfg.gains, model)
+    found, lam = read_facts(cfg.gains)
+    b, train, _, test = behavior_states(run, found)
+    # teacher-forced, by strength; the control is fitted on as many other prototypes
+    n = int((edit.w.any(0) | (edit.g != 1)).sum())
+    rng = torch.Generator().manual_seed(cfg.seed)
+    others = torch.randperm(len(model.prototypes), generator=rng)[:n].to(run.device)
+    control = fit(model, train, others, found.mode, lam, cfg.seed)
+    before = measure(model, test, b)
     rows = []
-    for mode, size, setting, g in itertools.chain(proposed, [chosen]):
-        loss, rate = effect(test, before, measure(model, test, w, g))
-        control = shuffled(g, fires, cfg.seed)
-        control_loss, control_rate = effect(test, before, measure(model, test, w, control))
-        print(f"{mode:>6} {size:>3}  {setting:<10}  loss {loss:+.3f}%  rate {rate:.4f}"
-              f"  control {control_loss:+.3f}% {control_rate:.4f}", flush=True)
-        rows.append(dict(mode=mode, size=size, setting=setting, loss_percent=loss, rate=rate,
-                         control_loss_percent=control_loss, control_rate=control_rate))
+    for strength in STRENGTHS:
+        row = dict(strength=strength)
+        for name, e in (("edit", edit), ("control", control)):
+            row[name] = effect(test, b, before, measure(model, test, b, scaled(e, strength)), T)
+            print(f"{name:>7} x{strength:<4}  {shown(row[name])}", flush=True)
+        rows.append(row)
 
     # sampled: the texts with most matches before, and what becomes of them
     idx = beginnings(run, 64, cfg.seed)
-    options = compile_pattern(behavior), 100, 1.0, cfg.seed
-    pairs = zip(samples(run, idx, *options), samples(run, idx, *options, gains))
+    options = found.behavior, 100, 1.0, cfg.seed
+    pairs = zip(samples(run, idx, *options), samples(run, idx, *options, edit))
     before, after = zip(*sorted(pairs, reverse=True)[:4])
     path = Path(cfg.gains).with_suffix(".sweep.json")
-    write_json(path, dict(behavior=behavior, checkpoint=run.hash, price=price, rows=rows,
-                          before=before, after=after))
+    name = found.behavior or found.source or found.texts
+    write_json(path, dict(behavior=name, checkpoint=run.hash, price=found.price, kl=found.kl,
+                          rows=rows, before=before, after=after))
     print(f"{path}: python report.py shows it")
 
 

@@ -21,9 +21,12 @@ import lds  # noqa: E402
 import planted  # noqa: E402
 import refit  # noqa: E402
 import rivals  # noqa: E402
+import tokens  # noqa: E402
+import tools  # noqa: E402
 import train  # noqa: E402
 from attribute import Index, curvature_product, records, seen_windows  # noqa: E402
-from common import Run, UserError  # noqa: E402
+from common import Run, UserError, load_checkpoint, window_starts  # noqa: E402
+from prism import PRISM  # noqa: E402
 
 QUERIES = np.array([0, 32])
 SMALL = ("--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --n_proto=12 --top_k=3 --max_iters=30 "
@@ -41,6 +44,11 @@ def trains_here(monkeypatch, module):
                 signal.signal(number, handler)
         return Path(out_dir)
     monkeypatch.setattr(module, "trained", trained)
+
+
+def common_tokens(texts, queries):
+    """In place of rivals.bm25_scores, whose package may be missing."""
+    return np.stack([[len(np.intersect1d(t, q)) for t in texts] for q in queries]) * 1.0
 
 
 def window(text, start, T):
@@ -82,6 +90,43 @@ def test_gradient_is_the_dot_product_of_the_gradients_of_the_output_matrix(made,
     assert np.allclose(got, want, rtol=1e-3, atol=1e-3 * abs(want).max())
 
 
+def test_output_blocks_are_those_of_the_hessian_of_the_output_matrix(made):
+    run = Run(made, "cpu")
+    model, W = run.model.double(), run.model.W.double()
+    starts = seen_windows(run.ckpt, len(run.train))[:9]
+    idx, y = rivals.windows(run, run.train, starts)
+    z, y = model.hidden(idx).flatten(0, 1), y.flatten()
+    L = rivals.output_factors(run, starts)
+    rest = []
+    for v in y[:12].tolist():
+        def loss(row):
+            logits = torch.cat([W[:v], row[None], W[v + 1:]])
+            return F.cross_entropy(z @ logits.T, y, reduction="sum")
+        rest.append(L[v] @ L[v].T - torch.func.hessian(loss)(W[v]))
+    mu = rest[0][0, 0].item()
+    traces = sorted((torch.einsum("vab,vab->v", L, L) / 16 - mu).tolist())
+    assert mu == pytest.approx(rivals.MU_SHARE * traces[(len(W) - 1) // 2], rel=1e-9)
+    for H in rest:
+        assert (H - mu * torch.eye(16)).abs().max() < 1e-12 * traces[-1] + 1e-9
+
+
+def test_output_scores_have_the_inverse_blocks_between_gradients(made, tmp_path):
+    got, run = scores_of(made, tmp_path, "output"), Run(made, "cpu")
+    starts = seen_windows(run.ckpt, len(run.train))
+    L, W = rivals.output_factors(run, starts), run.model.W
+
+    def grad(text, start):
+        idx, y = window(text, start, run.T)
+        z = run.model.hidden(idx)[0]
+        e = F.one_hot(y[0], len(W)) - (z @ W.T).softmax(1)
+        return e.T @ z                                                          # (V, d)
+    theirs = torch.stack([grad(run.train, s) for s in starts])
+    mine = torch.stack([grad(run.val, s) for s in QUERIES])
+    solved = torch.linalg.solve(L @ L.mT, mine[..., None])[..., 0]
+    want = by_document(run, starts, torch.einsum("qvd,wvd->qw", solved, theirs).numpy())
+    assert np.allclose(got, want, rtol=2e-3, atol=2e-3 * abs(want).max())
+
+
 def test_trak_is_a_ridge_regression_on_projected_gradients(made, tmp_path, monkeypatch):
     monkeypatch.setattr(rivals, "PROJECTION", 64)
     got, run = scores_of(made, tmp_path, "trak"), Run(made, "cpu")
@@ -115,6 +160,21 @@ def test_cosine_is_that_of_mean_states(made, tmp_path):
     for q, start in enumerate(QUERIES):
         mean = run.model.hidden(window(run.val, start, run.T)[0])[0].mean(0)
         assert got[q] == pytest.approx(F.cosine_similarity(sums, mean[None]).numpy(), abs=1e-5)
+
+
+def test_bm25_is_okapis_formula(made, tmp_path):
+    pytest.importorskip("rank_bm25")
+    texts = [np.array(t) for t in ([1, 2, 2, 3], [3, 3, 4], [5, 6, 3, 1, 4], [7, 8], [8])]
+    got = rivals.bm25_scores(texts, [np.array([2, 7])])
+    idf = np.log(4.5 / 1.5)                                 # tokens 2 and 7 are in one text each
+    for text, count, size in ((0, 2, 4), (3, 1, 2)):
+        want = idf * count * 2.5 / (count + 1.5 * (0.25 + 0.75 * size / 3))
+        assert got[0, text] == pytest.approx(want)
+    assert got[0].argsort().tolist()[-2:] == [3, 0] and (got[0, [1, 2, 4]] == 0).all()
+    scores, run = scores_of(made, tmp_path, "bm25"), Run(made, "cpu")
+    mine = [run.val[start:start + run.T + 1] for start in QUERIES]
+    texts = np.split(run.train, run.doc_start[1:])
+    assert scores == pytest.approx(rivals.bm25_scores(texts, mine))
 
 
 def test_block_scores_of_a_window_are_sums_over_its_tokens(made, tmp_path):
@@ -210,29 +270,34 @@ def test_the_joint_solution_of_lds_is_that_of_the_dense_hessian(made):
 
 def test_lds(made, tmp_path, monkeypatch, capsys):
     trains_here(monkeypatch, lds)
+    trains_here(monkeypatch, tools)
     dataset = Path(json.loads((made / "config.json").read_text())["dataset"])
     words = [f"--dataset={dataset}", "--models=4", "--repeats=3", "--queries=6", "--mus=0.01,0.1",
-             "--methods=block,cosine,random", "--removals=2", "--removed=cosine", "--full=9",
-             f"--work={tmp_path}/w", f"--out={tmp_path}/l.json", f"--train={SMALL}"]
+             "--methods=block,output,cosine,random", "--removals=2", "--removed=cosine", "--full=9",
+             "--complements=3", f"--work={tmp_path}/w", f"--out={tmp_path}/l.json",
+             f"--train={SMALL}"]
     lds.main(words)
     result = json.loads((tmp_path / "l.json").read_text())
     table = result["lds"]
-    assert list(table) == ["block", "block, by source", "cosine", "cosine, by source", "random",
-                           "random, by source", "no Hessian", "full", "block, share 0.01",
-                           "block, share 0.1"]
+    assert list(table) == ["block", "block, by source", "output", "output, by source", "cosine",
+                           "cosine, by source", "random", "random, by source", "block + output",
+                           "no Hessian", "full", "block, share 0.01", "block, share 0.1"]
     assert all(-1 <= x["mean"] <= 1 and 0 < x["both"] < 3 for x in table.values())
     assert table["block"]["mean"] == table["block, share 0.1"]["mean"]   # the rule's own damping
     difference = table["block"]["mean"] - table["cosine"]["mean"]
     assert table["cosine"]["first_minus_this"][0] == pytest.approx(difference)
     assert result["full"]["residual"] < 0.01
-    assert result["ceiling"] == pytest.approx(max(0, result["seeds"]["mean"]) ** 0.5)
+    r, c = result["seeds"]["mean"], result["complements"]["mean"]
+    assert result["ceiling"] == pytest.approx(max(0, r) ** 0.5)
+    assert result["linear_ceiling"] == pytest.approx(max(0, (r + c) / 2) ** 0.5)
 
     # halves hold half of the documents, whole; removals take a query's best ones, until 5% is gone
     run = Run(tmp_path / "w/all", "cpu")
     texts = [bytes(run.train[a:b]) for a, b in zip(run.doc_start, [*run.doc_start[1:], None])]
     kept = {seed: [bytes(np.fromfile(path / "data/train.bin", run.train.dtype))
-                   for path in sorted(tmp_path.glob(f"w/*-{seed}"))] for seed in (1, 2)}
+                   for path in sorted(tmp_path.glob(f"w/*-{seed}"))] for seed in (1, 2, 2002)}
     assert sum(text in kept[2][0] for text in texts) == len(texts) // 2
+    assert all((text in kept[2][0]) != (text in kept[2002][0]) for text in texts)
     (path,) = tmp_path.glob("w/scores/cosine-*.npz")
     for row in np.load(path)["scores"][:2]:
         best = np.argsort(-row)
@@ -252,6 +317,108 @@ def test_lds(made, tmp_path, monkeypatch, capsys):
                            ("--models=2", "models is 2"), ("--mus=0.1,-1", "numbers above 0")):
         with pytest.raises(UserError, match=message):
             lds.main([*words, wrong])
+
+
+def test_a_linear_loss_reaches_the_linear_ceiling():
+    rng = np.random.default_rng(0)
+    scores, kept = rng.standard_normal((5, 40)), rng.random((12, 40)) < 0.5
+    losses, opposite = -(kept @ scores.T), -(~kept @ scores.T)
+    assert lds.reliability(losses, -opposite) == {"mean": pytest.approx(1), "half_width": 0}
+
+
+def test_masked_tokens_have_no_loss(made, tmp_path, monkeypatch):
+    """Three steps of the trainer with masked targets, and a plain loop without those terms."""
+    run = Run(made, "cpu")
+    starts = window_starts(len(run.train), 16, 7, 0)
+    rng = np.random.default_rng(0)
+    masked = rng.choice((starts[:12, None] + 1 + np.arange(16)).ravel(), 60, replace=False)
+    options = [*SMALL.split(), f"--dataset={run.folder}", "--max_iters=3", "--seed=7",
+               "--muon=false", "--dtype=float32", "--lambda_rec=0", "--lambda_t2p=0",
+               "--lambda_p2t=0", "--eval_interval=3"]
+    cfg = train.parse_config(train.TrainConfig, options)
+    cfg.vocab_size = 257
+    torch.manual_seed(7)
+    model = PRISM(train.model_config(cfg))
+    (optimizer,) = train.make_optimizers(model, cfg, torch.float32)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, cfg) * group["scale"]
+        terms = []
+        for start in starts[step * 4:step * 4 + 4]:
+            idx, y = window(run.train, start, 16)
+            logits = model.hidden(idx)[0] @ model.W.T
+            for t in range(16):
+                if start + 1 + t not in masked:
+                    terms.append(F.cross_entropy(logits[t], y[0, t]))
+        (sum(terms) / len(terms)).backward()
+        model.prototypes.grad = torch.zeros_like(model.prototypes)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        model.zero_grad()
+    monkeypatch.setattr(train, "Windows", tokens.MaskedWindows)
+    far = {}
+    for name, positions in (("masked", masked), ("all", masked[:0])):
+        monkeypatch.setattr(tokens.MaskedWindows, "masked", positions)
+        train.main([*options, f"--out_dir={tmp_path / name}"])
+        got, _ = load_checkpoint(tmp_path / name)
+        far[name] = max((p - q).abs().max().item()
+                        for p, q in zip(got.parameters(), model.parameters()))
+    assert far["masked"] < 1e-6 < 1e-4 < far["all"]
+
+
+def test_tokens(made, tmp_path, monkeypatch):
+    trains_here(monkeypatch, tokens)
+    monkeypatch.setattr(tokens, "bm25_scores", common_tokens)
+    monkeypatch.setattr(tokens, "check_methods", lambda names: None)
+    guesses = np.random.default_rng(0).random((3, 1920))
+    monkeypatch.setattr(tokens, "ask", lambda *_: (guesses, {}))
+    chosen, choices = {}, tokens.choices
+
+    def watched(*words):
+        for method, sets in choices(*words):
+            chosen[method] = sets
+            yield method, sets
+    monkeypatch.setattr(tokens, "choices", watched)
+    dataset = Run(made, "cpu").folder
+    words = [f"--dataset={dataset}", "--queries=3", "--seeds=1", f"--work={tmp_path}/w",
+             f"--out={tmp_path}/t.json", f"--train={SMALL}"]
+    tokens.main(words)
+    result = json.loads((tmp_path / "t.json").read_text())
+    rows = result["methods"]
+    assert list(rows) == ["random", "block", "ekfac", "cosine", "cosine-same", "bm25", "documents"]
+    for row in rows.values():
+        mean, low, high = row["rise"]
+        assert len(row["queries"]) == 3 and low <= mean == pytest.approx(np.mean(row["queries"]))
+    ratio = rows["block"]["rise"][0] / rows["documents"]["rise"][0]
+    assert result["ratio"][0] == pytest.approx(ratio)
+    assert rows["block"]["rise"][0] > max(rows["random"]["rise"][0], rows["block"]["others"])
+
+    # what was masked: 1% of the indexed tokens; for documents all of theirs, 5% or a little more
+    index = Index(tmp_path / "w/base-1", "cpu")
+    run = index.run
+    queries = run.T * np.random.default_rng(1).permutation((len(run.val) - 1) // run.T)[:3]
+    for method, sets in chosen.items():
+        assert len(sets) == 3 and all(np.isin(s, index.positions).all() for s in sets)
+        assert method == "documents" or [len(set(s)) for s in sets] == [19] * 3
+    for q, start in enumerate(queries):
+        r = records(run.model, *window(run.val, start, run.T))
+        x = index.solve(index.right_side(r)[None])
+        scores = index.token_scores(x)[0]
+        best = index.positions[np.argsort(-scores, kind="stable")[:19]]
+        assert set(chosen["block"][q]) == set(best)
+        mine = index.doc_of[np.isin(index.positions, chosen["documents"][q])]
+        assert len(mine) == np.isin(index.doc_of, mine).sum() >= 96
+        assert index.sums(scores, "document").argmax() in mine
+        same = np.isin(run.train[chosen["cosine-same"][q]], run.val[start + 1:start + 17])
+        assert same.all() and not set(chosen["cosine-same"][q]) == set(chosen["cosine"][q])
+        window_of = (np.searchsorted(index.positions, chosen["bm25"][q]) // run.T).tolist()
+        assert window_of == sorted(window_of) or len(set(window_of)) == 2
+
+    def never(words):
+        raise AssertionError("done again")
+    monkeypatch.setattr(train, "main", never)
+    tokens.main(words)
+    assert json.loads((tmp_path / "t.json").read_text())["methods"] == rows
 
 
 def test_agreement_of_scores():
@@ -336,13 +503,14 @@ def test_planted(tmp_path, monkeypatch, capsys):
     subprocess.run([sys.executable, ROOT / "data/prepare.py", tmp_path / "real.jsonl",
                     f"--data_dir={tmp_path}", "--vocab_size=500"], check=True)
     trains_here(monkeypatch, planted)
+    monkeypatch.setattr(planted, "bm25_scores", common_tokens)
     options = [f"--dataset={tmp_path}/real", "--models=1", "--plantings=4", "--documents=100",
                f"--work={tmp_path}/w", f"--out={tmp_path}/p.json",
                f"--train={SMALL} --max_iters=20 --block_size=64 --total_batch_tokens=256"]
     planted.main(options)
     found = json.loads((tmp_path / "p.json").read_text())
     columns = "invented exact", "invented paraphrase", "common exact", "common paraphrase"
-    assert list(found["table"]) == ["block", "none", "cosine", "words"]
+    assert list(found["table"]) == ["block", "none", "cosine", "words", "bm25"]
     assert tuple(found["table"]["block"]) == columns
     # rare words give the document away, however little the model has learned
     assert found["table"]["words"]["invented exact"] == {"first": 4, "of": 4}

@@ -24,6 +24,7 @@ from attribute import Index
 from common import load_checkpoint
 from prism import UserError
 from report import render
+from sample import gate_ledger, largest_parts
 
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "report.html"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;</title>"
@@ -47,9 +48,13 @@ def sample(n_cards=60, n_tokens=40, huge=0):
         parts = [(-1) ** j * (0.5 + 0.1 * j) for j in range(8)]
         level = dict(proponents=[entry(0.0123), entry(0.004)], opponents=[entry(-0.0021)])
         levels = dict(token=level, document=level, source=dict(level, opponents=[]))
+        read = [[0, -0.25], [i - 1, 0.125], [999, 1]]
+        ledger = [["mlp 1", 0.25, []], [HOSTILE, -0.125, read]]
+        protos = [(i * 3 + j * 7) % n_cards for j in range(8)]
+        why = {str(i): ledger for i in protos[5:]}
         return dict(text=words[i % 10], residual=1.25, logit=1.25 + sum(parts), loss=0.3 * (i % 7),
-                    prototypes=[(i * 3 + j * 7) % n_cards for j in range(8)], gates=given,
-                    contributions=parts, influence=levels if i % 4 == 1 else None)
+                    prototypes=protos, gates=given, contributions=parts,
+                    parts=why, influence=levels if i % 4 == 1 else None)
 
     def density(i):
         return 0 if i % 20 == 19 else 0.05 / (1 + i)
@@ -178,6 +183,23 @@ def test_ledgers_and_influence_in_the_page_add_up(out, data):
         for t in text["tokens"][1:]:
             parts = t["residual"] + sum(t["contributions"])
             assert parts == pytest.approx(t["logit"], abs=1e-4)
+    # why the largest prototypes fired
+    for t in range(1, 17):
+        token = mine["tokens"][t]
+        order = np.argsort(-np.abs(token["contributions"]), kind="stable")[:3]
+        assert token["parts"].keys() == {str(token["prototypes"][j]) for j in order}
+        for j in order:
+            i = token["prototypes"][j]
+            ledger, _ = gate_ledger(index.run.model, again[0, :t], torch.tensor([i]))
+            got, want = token["parts"][str(i)], list(largest_parts(ledger, 0))
+            assert [name for name, *_ in got] == [name for name, *_ in want]
+            assert any(name.startswith("head") for name, *_ in got)
+            for (_, part, read), (_, exact, places) in zip(got, want):
+                assert part == pytest.approx(exact, rel=1e-3, abs=1e-6)
+                assert [s for s, _ in read] == [s for s, _ in places]
+            if token["gates"][j]:
+                total = sum(part.sum().item() for part in ledger.values())
+                assert total == pytest.approx(token["gates"][j], abs=1e-5)
     # the fourth token of the prompt, predicted from the three before it
     r = index.target_records(list(b"the "), 3)
     scores = index.token_scores(index.solve(index.right_side(r)[None]))[0]
@@ -651,6 +673,43 @@ def test_a_slice_colours_the_tokens_and_levels_switch(page):
     assert b.js("document.querySelector('.card').id") == "proto-3"
 
 
+def test_a_chosen_prototype_shows_why_it_fired_and_what_a_head_reads(page):
+    data = sample()
+    b = page(data)
+    b.click(".tok[data-i='9']")
+    assert b.js("document.querySelectorAll('.why').length") == 0
+    b.click("#ledger .part button")
+    token = data["texts"][0]["tokens"][9]
+    proto = int(b.js("document.getElementById('pick-proto').value"))
+    gate = token["gates"][token["prototypes"].index(proto)]
+    text = b.js("document.querySelector('.why').textContent")
+    assert f"#{proto} fired" in text and f"{gate:.3f}" in text and HOSTILE[:20] in text
+    values = b.js("[...document.querySelectorAll('.why .num')].map(e => e.textContent)")
+    numbers = [float(x.replace("−", "-")) for x in values]
+    assert numbers[:2] == [0.25, -0.125] and sum(numbers) == pytest.approx(gate, abs=2e-3)
+    bars = b.js("[...document.querySelectorAll('.why .track')].map(e => e.firstChild.className)")
+    assert bars == ["neg" if x < 0 else "pos" for x in numbers]
+    # what the head reads is coloured and signed, until the head or a word is chosen anew
+    marked = ("[...document.querySelectorAll('.tok[data-sign]')]"
+              ".map(e => [e.dataset.i, e.dataset.sign])")
+    assert b.js(marked) == []
+    b.click(".why button")
+    assert b.js(marked) == [["0", "−"], ["8", "+"]]
+    assert b.js("document.querySelector('.why button').ariaPressed") == "true"
+    assert b.js("document.activeElement.closest('.why') !== null")
+    assert "reads" in text_of(b, "legend")
+    b.click(".why button")
+    assert b.js(marked) == [] and "gate of" in text_of(b, "legend")
+    b.click(".why button")
+    b.click(".tok[data-i='5']")
+    assert b.js(marked) == [] and b.js(MARKUP) == "2 0"
+    # a small slice's parts are not on the page
+    smallest = token["prototypes"][0]
+    b.click(".tok[data-i='9']")
+    b.click(f"#ledger button[aria-label*='#{smallest} ']")
+    assert "three largest" in b.js("document.querySelector('.why').textContent")
+
+
 def test_cards_are_drawn_in_pages_searched_sorted_and_linked(page):
     b = page(sample(n_cards=1024), anchor="#proto-1000")
     painted = b.js("performance.getEntriesByName('first-contentful-paint')[0].startTime")
@@ -768,6 +827,7 @@ def test_a_phone_needs_no_sideways_scroll_and_text_can_be_read(page, scheme):
     b = page(sample(huge=200_000), width=360, scheme=scheme)
     b.click(".tok.traced")
     b.click("#ledger button")
+    b.click(".why button")
     b.js("document.querySelectorAll('details').forEach(e => e.open = true)")
     b.js("document.querySelector('#map .dot').focus()")
     assert b.js("document.documentElement.scrollWidth") <= 360 and b.js("innerWidth") == 360

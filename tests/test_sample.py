@@ -1,5 +1,7 @@
 """sample.py on a tiny prism and a tiny dense model, with nothing but ckpt.pt and a tokenizer."""
 import json
+import math
+import re
 from dataclasses import asdict
 
 import pytest
@@ -8,7 +10,7 @@ from conftest import tiny
 
 import sample
 from common import fingerprint
-from prism import UserError
+from prism import PRISM, UserError
 
 
 def write_model(folder, dataset, **kw):
@@ -83,11 +85,12 @@ def test_the_ledger_adds_up_and_obeys_gains(tmp_path, dataset, capsys):
     tables = []
     for words in ((), (f"--gains={gains}",)):
         lines = printed(capsys, out, "--explain", *words).splitlines()
-        assert "largest |residual + slices - logit|" in lines[-1]
-        error = float(lines[-1].split("logit|: ")[1].split()[0])
-        assert 0 <= error < 1e-5
+        assert "largest |residual + slices - logit|" in lines[-2]
+        assert "largest |sum of parts - gate|" in lines[-1]
+        for line in lines[-2:]:
+            assert 0 <= float(line.split("|: ")[1]) < 1e-5
         rows = [line.split("'")[2].replace("=", " ").replace("+ ", " ")
-                for line in lines[1:-1] if "'" in line]
+                for line in lines[1:-2] if " = " in line]
         assert len(rows) == 7
         tables.append([[float(x) for x in row.split()[:3]] for row in rows])
     for logit, residual, slices in tables[0] + tables[1]:
@@ -131,11 +134,153 @@ def test_the_three_largest_slices_stand_under_a_token_with_their_labels(tmp_path
             printed(capsys, out, "--explain")
 
 
+def test_an_empty_prompt_is_a_line_break(tmp_path, dataset, capsys):
+    out = tmp_path / "out"
+    write_model(out, dataset)
+    words = "--max_new_tokens=5", "--seed=2"
+    assert printed(capsys, out, "--prompt=", *words) == printed(capsys, out, "--prompt=\n", *words)
+
+
+# ------------------------------------------- why did a prototype fire?
+
+def gpt2_state(V=40, T=8, d=128, n_layer=2):
+    """A random state dict of GPT-2's form, (in, out) weights, every bias and norm random."""
+    gen = torch.Generator().manual_seed(0)
+    shapes = {"wte.weight": (V, d), "wpe.weight": (T, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
+    for a in range(n_layer):
+        for name, n_in, n_out in (("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d),
+                                  ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)):
+            shapes[f"h.{a}.{name}.weight"] = n_in, n_out
+            shapes[f"h.{a}.{name}.bias"] = n_out,
+        for name in ("ln_1", "ln_2"):
+            shapes[f"h.{a}.{name}.weight"] = shapes[f"h.{a}.{name}.bias"] = d,
+    return {name: 0.3 * torch.randn(shape, generator=gen) for name, shape in shapes.items()}
+
+
+def models():
+    return {"biases": tiny(), "no biases": tiny(bias=False, n_layer=3, n_head=3),
+            "GPT-2": PRISM.from_pretrained(gpt2_state(), n_proto=9, top_k=3).double().eval()}
+
+
+@pytest.mark.parametrize("name", ["biases", "no biases", "GPT-2"])
+def test_parts_add_up_to_each_gate(name):
+    model = models()[name]
+    c = model.config
+    heads = [f"head {a}.{h}" for a in range(1, c.n_layer + 1) for h in range(1, c.n_head + 1)]
+    mlps = [f"mlp {a}" for a in range(1, c.n_layer + 1)]
+    idx = torch.randint(c.vocab_size, (c.block_size,), generator=torch.Generator().manual_seed(1))
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model.to(dtype)
+        P = model.prototypes.detach()
+        z = model.hidden(idx[None])[0].detach()
+        m = model.mixture(z)
+        for t in range(c.block_size):
+            parts, writes = sample.gate_ledger(model, idx[:t + 1], torch.arange(c.n_proto))
+            assert parts.keys() == {"token", "position", *heads, *mlps, *["bias"] * c.bias}
+            assert writes.keys() == parts.keys() - {"bias"}
+            for part in parts:
+                assert parts[part].shape == (c.n_proto, t + 1 if part in heads else 1)
+            total = sum(part.sum(1) for part in parts.values())
+            want = torch.cosine_similarity(z[t], P, dim=1)
+            assert (total - want).abs().max() < tolerance
+            gates = total[m.ids[t]].relu()
+            assert (gates - m.gates[t]).abs().max() < tolerance
+
+
+def test_parts_against_plain_loops():
+    model = tiny()
+    c, idx, i = model.config, torch.tensor([3, 1, 4, 1, 5]), 2
+    T, d, width = 5, c.n_embd, c.n_embd // c.n_head
+    W = {name: p.detach() for name, p in model.named_parameters()}
+
+    def norm(x, name):
+        out = []
+        for row in x.tolist():
+            mean = sum(row) / d
+            sigma = math.sqrt(sum((value - mean) ** 2 for value in row) / d + 1e-5)
+            out.append([(value - mean) / sigma for value in row])
+        return torch.tensor(out, dtype=torch.float64) * W[f"{name}.weight"] + W[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ W[f"{name}.weight"].T + W[f"{name}.bias"]
+    writes = {"token": W["transformer.wte.weight"][idx[-1]],
+              "position": W["transformer.wpe.weight"][T - 1]}
+    by_token, biases = {}, torch.zeros(d).double()
+    x = W["transformer.wte.weight"][idx] + W["transformer.wpe.weight"][:T]
+    for layer in range(c.n_layer):
+        at = f"transformer.h.{layer}"
+        qkv = linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn")
+        W_O, new = W[f"{at}.attn.c_proj.weight"], x.clone()
+        for h in range(c.n_head):
+            own = slice(h * width, (h + 1) * width)
+            q, k, v = (qkv[:, a * d:(a + 1) * d][:, own] for a in range(3))
+            for t in range(T):
+                score = [math.exp(q[t] @ k[s] / math.sqrt(width)) for s in range(t + 1)]
+                rows = [score[s] / sum(score) * W_O[:, own] @ v[s] for s in range(t + 1)]
+                new[t] += sum(rows)
+            by_token[f"head {layer + 1}.{h + 1}"] = rows          # those of the last token
+        biases += W[f"{at}.attn.c_proj.bias"]
+        x = new + W[f"{at}.attn.c_proj.bias"]
+        inner = linear(norm(x, f"{at}.ln_2"), f"{at}.mlp.c_fc")
+        inner = torch.nn.functional.gelu(inner, approximate="tanh")
+        writes[f"mlp {layer + 1}"] = linear(inner, f"{at}.mlp.c_proj")[-1]
+        x = x + linear(inner, f"{at}.mlp.c_proj")
+    z, p = norm(x, "transformer.ln_f")[-1], W["prototypes"][i]
+    sigma = math.sqrt(x[-1].var(correction=0) + 1e-5)
+
+    def part(w):
+        scaled = W["transformer.ln_f.weight"] * (w - w.mean()) / sigma
+        return (scaled @ p / (z.norm() * p.norm())).item()
+    parts, got_writes = sample.gate_ledger(model, idx, torch.tensor([4, i]))
+    beta = (W["transformer.ln_f.bias"] @ p / (z.norm() * p.norm())).item()
+    assert parts["bias"][1].item() == pytest.approx(part(biases) + beta, abs=1e-12)
+    for name, w in writes.items():
+        assert parts[name][1].tolist() == pytest.approx([part(w)], abs=1e-12)
+        assert torch.allclose(got_writes[name], w[None], atol=1e-12)
+    for name, rows in by_token.items():
+        assert parts[name][1].tolist() == pytest.approx([part(w) for w in rows], abs=1e-12)
+        assert torch.allclose(got_writes[name], torch.stack(rows), atol=1e-12)
+
+
+def test_the_largest_parts_and_the_largest_head():
+    parts = {"token": [[0.0], [0.25]], "head 1.1": [[0, 0], [0.5, -1]],
+             "head 1.2": [[0, 0], [1, 2]], "mlp 1": [[0.0], [-4.0]], "bias": [[0.0], [0.75]]}
+    parts = {name: torch.tensor(rows) for name, rows in parts.items()}
+    got = list(sample.largest_parts(parts, 1))
+    assert got == [("mlp 1", -4, []), ("head 1.2", 3, [(1, 2), (0, 1)]), ("bias", 0.75, [])]
+    parts["bias"][1], parts["token"][1], parts["mlp 1"][1] = 8, 9, -10
+    assert list(sample.largest_parts(parts, 1)) == [
+        ("mlp 1", -10, []), ("token", 9, []), ("bias", 8, []), ("head 1.2", 3, [(1, 2), (0, 1)])]
+
+
+def test_parts_stand_under_the_prototypes_of_the_last_token(tmp_path, dataset, capsys):
+    out = tmp_path / "out"
+    model = write_model(out, dataset, top_k=4)
+    idx = torch.tensor(list(b"the cat"))
+    model.prototypes.data[1:4] += model.hidden(idx[None])[0, -1].detach()  # these three fire
+    torch.save(dict(model=model.state_dict(), config=asdict(model.config)), out / "ckpt.pt")
+    lines = printed(capsys, out, "--explain").splitlines()[:-2]
+    last = max(n for n, line in enumerate(lines) if " = " in line)
+    assert not [line for line in lines[:last] if re.search(r"mlp|head|token \+", line)]
+    e = model.explain(idx[None])
+    shown = []
+    for j in e.contributions[0, -1].abs().argsort(descending=True)[:3].tolist():
+        if e.gates[0, -1, j] > 0:
+            i = e.prototypes[0, -1, j].item()
+            shown.append(f"{e.contributions[0, -1, j]:+.3f} #{i} ({e.gates[0, -1, j]:.2f})")
+            parts, _ = sample.gate_ledger(model, idx, torch.tensor([i]))
+            for name, part, read in sample.largest_parts(parts, 0):
+                words = [f"{'the cat'[s]!r} {amount:+.3f}" for s, amount in read]
+                shown.append(" ".join([f"{name} {part:+.3f}", *["reads"] * bool(read), *words]))
+    assert [" ".join(line.split()) for line in lines[last + 1:]] == [
+        " ".join(line.split()) for line in shown]
+    assert len(shown) >= 12 and any("reads" in line for line in shown)
+
+
 def test_what_cannot_be_sampled_is_one_line(tmp_path, dataset):
     out = tmp_path / "out"
     write_model(out, dataset)
-    for words, message in ((["--prompt="], "the prompt is empty"),
-                           (["--prompt=" + "x" * 20, "--explain"], "20 tokens"),
+    for words, message in ((["--prompt=" + "x" * 20, "--explain"], "20 tokens"),
                            (["--prompt=x", "--temperature=-1"], "temperature=-1.0"),
                            (["--prompt=x", "--gains=nowhere.json"], "nowhere.json"),
                            (["--prompt=x", "--device=cuda:99"], "cuda:99")):

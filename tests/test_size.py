@@ -7,13 +7,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = {"prism.py": 350, "train.py": 375, "attribute.py": 400, "suppress.py": 400,
-          "sample.py": 100, "report.py": 300, "common.py": 280, "data/prepare.py": 350,
+          "sample.py": 150, "report.py": 300, "common.py": 280, "data/prepare.py": 350,
           "experiments": 3200, "README.md": 150}
 PRODUCT = sorted([*ROOT.glob("*.py"), ROOT / "data/prepare.py"])
 EXPERIMENTS = sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("experiments/*/*.py")])
 OURS = {p.stem for p in PRODUCT + EXPERIMENTS} | {"experiments"}
 MAY_IMPORT = {"prism.py": set(), "common.py": {"prism"},
-              "report.py": {"prism", "common", "attribute"}}
+              "report.py": {"prism", "common", "attribute", "sample"}}
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER}

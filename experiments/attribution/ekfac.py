@@ -26,7 +26,7 @@ from common import Run, UserError, parse_config, run_main  # noqa: E402
 class EkfacConfig:
     out_dir: str = "out"       # the run
     queries: int = 4           # held-out windows
-    methods: str = "block,ekfac,ekfac-undamped,trak,gradient,cosine"  # others against the first
+    methods: str = "block,ekfac,ekfac-undamped,trak,gradient,cosine,bm25"  # against the 1st
     seed: int = 1              # of the choice of queries
     work: str = "out-ekfac"    # scores
     out: str = "experiments/results/ekfac.json"  # the result

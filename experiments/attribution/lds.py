@@ -2,7 +2,7 @@
 
     pip install -r experiments/requirements.txt                      kronfluence, for EK-FAC
     python data/prepare.py pydoc --name=pydoc512 --vocab_size=512
-    python experiments/attribution/lds.py                            70 small trainings: hours
+    python experiments/attribution/lds.py                            80 small trainings: an hour
 
 Models are trained on random halves of the documents. A query q is the loss of a held-out window;
 s_qd is a method's score of document d for it, by one model of everything.
@@ -10,9 +10,12 @@ s_qd is a method's score of document d for it, by one model of everything.
     r_q = Spearman correlation over halves h of L_hq and -sum_(d in h) s_qd     LDS = mean_q r_q
 
 (Park et al. 2023, arXiv 2303.14186). `both` is the half-width of a 95% interval that joins a
-bootstrap over queries with a jackknife over halves; methods are compared by their difference's.
+bootstrap over queries with a jackknife over halves; all methods are compared with the first one.
 
     ceiling     sqrt(r), r the correlation of the losses of halves that are trained twice
+    linear      sqrt((r + c) / 2), no linear score can do better: c is the correlation of L_h with
+                minus that of the other half, and (r + c) / 2 the share of the losses' variance
+                that changes sign between the two, as all of a linear loss does
     by source   a document gets its source's score times its share of the source's tokens
     removal     how much a loss rises without its best documents, 5% of all tokens
 """
@@ -40,8 +43,9 @@ class LDSConfig:
     dataset: str = "pydoc512"            # under data/
     models: int = 32                     # trained on random halves
     repeats: int = 12                    # of them, trained a second time with another seed
+    complements: int = 8                 # of them, whose other half is trained too
     queries: int = 128                   # held-out windows
-    methods: str = "block,ekfac,ekfac-undamped,trak,gradient,cosine,random"  # the first is compared
+    methods: str = "block,output,ekfac,ekfac-undamped,trak,gradient,cosine,bm25,random"  # compared
     removals: int = 8                    # queries whose best documents are really removed
     removed: str = "block,cosine,random"  # methods that choose them
     share: float = 0.05                  # of the training tokens, removed
@@ -59,10 +63,10 @@ def losses_without(cfg, run, queries, keep, seed):
     return query_losses(run, queries, out_dir)
 
 
-def query_losses(run, queries, out_dir):
+def query_losses(run, queries, out_dir, last=0):
     model, _ = load_checkpoint(out_dir)
     loss = records(model, *windows(run, run.val, queries)).loss
-    return loss.view(-1, run.T).mean(1).numpy()
+    return loss.double().view(-1, run.T)[:, -last:].mean(1).numpy()
 
 
 # ------------------------------------------- the score and its interval
@@ -86,6 +90,13 @@ def mean_interval(r, without):
     half = (high - low) / 2
     error = np.sqrt((len(without) - 1) * without.mean(1).var())
     return mean, half, np.hypot(half, 1.96 * error)
+
+
+def reliability(losses, others):
+    """Losses (H, Q) of the same halves twice -> the mean correlation over queries."""
+    r = spearman(losses, others)
+    mean, low, high = interval(r, np.ones(len(r)), draws=2000)
+    return dict(mean=mean, half_width=(high - low) / 2)
 
 
 def compared(mine, first):
@@ -135,15 +146,21 @@ def variants(cfg, run, queries, result):
         yield f"block, share {share:g}", head_scores(damped, damped.solve(b))
 
 
+def best_documents(scores, tokens, share):
+    """Scores (D,), sizes (D,) -> the best documents, until they are `share` of all tokens."""
+    best = np.argsort(-scores)
+    n = np.searchsorted(tokens[best].cumsum(), share * tokens.sum()) + 1
+    return best[:n]
+
+
 def removal(cfg, run, queries, scores, tokens):
     """How much the loss of a query rises where its best documents are left out of a training."""
     chosen = queries[:cfg.removals]
     added = []
     base = query_losses(run, chosen, run.out_dir)
-    for q, best in enumerate(np.argsort(-scores[:cfg.removals])):
-        n = np.searchsorted(tokens[best].cumsum(), cfg.share * len(run.train)) + 1
+    for q in range(len(chosen)):
         keep = np.ones(len(tokens), bool)
-        keep[best[:n]] = False
+        keep[best_documents(scores[q], tokens, cfg.share)] = False
         rise = losses_without(cfg, run, chosen, keep, cfg.seed) - base
         added.append(float(rise[q]))
     return added
@@ -168,18 +185,23 @@ def main(argv):
     result = dict(options=asdict(cfg), documents=D, queries=len(queries))
 
     # -- real losses
-    losses, twice = [], []
+    losses, twice, opposite = [], [], []
     for j, row in enumerate(kept):
         losses.append(losses_without(cfg, run, queries, row, cfg.seed + 1 + j))
         if j < cfg.repeats:
             twice.append(losses_without(cfg, run, queries, row, cfg.seed + 1001 + j))
+        if j < cfg.complements:
+            opposite.append(losses_without(cfg, run, queries, ~row, cfg.seed + 2001 + j))
         print(f"half {j + 1} of {cfg.models}: loss {losses[j].mean():.4f}", flush=True)
     losses = np.stack(losses)
     if cfg.repeats > 2:
-        r = spearman(losses[:cfg.repeats], np.stack(twice))
-        mean, low, high = interval(r, np.ones(len(r)), draws=2000)
-        result["seeds"] = dict(mean=mean, half_width=(high - low) / 2)
-        result["ceiling"] = np.sqrt(max(0.0, mean))
+        result["seeds"] = reliability(losses[:len(twice)], np.stack(twice))
+        r = result["seeds"]["mean"]
+        result["ceiling"] = np.sqrt(max(0, r))
+        if cfg.complements > 2:
+            result["complements"] = reliability(losses[:len(opposite)], -np.stack(opposite))
+            c = result["complements"]["mean"]
+            result["linear_ceiling"] = np.sqrt(max(0, (r + c) / 2))
 
     # -- scores
     method_scores = {"random": rng.standard_normal((len(queries), D))}
@@ -189,6 +211,8 @@ def main(argv):
     for method in methods:
         rows[method] = method_scores[method]
         rows[f"{method}, by source"] = by_source(rows[method], run.doc_source, tokens)
+    if {"block", "output"} <= rows.keys():
+        rows["block + output"] = rows["block"] + rows["output"]
     rows |= variants(cfg, run, queries, result)
     first = correlations(rows[methods[0]], kept, losses)
     result["lds"] = {}

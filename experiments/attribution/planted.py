@@ -9,6 +9,7 @@ prompt is exact, the beginning of that sentence, or a paraphrase. All documents 
     block, none  attribute.py's document score, with and without the exact blocks
     cosine       of the hidden states that predict the target with a document's nearest ones
     words        tf-idf over tokens: a search for rare strings, and the names are rare strings
+    bm25         Okapi BM25 over tokens
 """
 import itertools
 import random
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from rivals import head_scores, owners, windows  # noqa: E402
+from rivals import bm25_scores, head_scores, owners, windows  # noqa: E402
 from tools import read_results, save_results, trained, write_dataset  # noqa: E402
 
 from attribute import Index, build_index  # noqa: E402
@@ -101,8 +102,10 @@ def document_scores(index, queries):
     texts = np.split(run.train, run.doc_start[1:])
     tf = np.stack([np.bincount(text, minlength=V) for text in texts])
     idf = np.log(D / np.maximum(1, (tf > 0).sum(0)))
-    mine = np.stack([np.bincount(p + t, minlength=V) for p, t in queries])
+    asked = [np.array(prompt + target) for prompt, target in queries]
+    mine = np.stack([np.bincount(tokens, minlength=V) for tokens in asked])
     scores["words"] = (mine * idf) @ (tf * idf).T / np.linalg.norm(tf * idf, axis=1)
+    scores["bm25"] = bm25_scores(texts, asked)
     return scores
 
 

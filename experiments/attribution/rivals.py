@@ -9,8 +9,12 @@ Written: scores (Q, D) of documents for the losses of held-out windows, and what
                      damped by 0.1 of the mean eigenvalue; ekfac-undamped: by 1e-8, its default
     trak             phi_q (Phi^T Phi + mu I)^-1 phi_s (after Park et al., arXiv 2303.14186), phi a
                      window's gradient of all weights, projected; the loss itself, one checkpoint
-    gradient         dot product of the gradients of the output matrix W
+    gradient         dot product of the gradients of W, (onehot - pi)_v z in row v
+    output           the same with the exact block of each row between them: g_sv . H_v^-1 g_qv
     cosine           cosine of mean hidden states
+    bm25             Okapi BM25 of a document's tokens for those of the whole window (rank_bm25)
+
+ekfac-tokens yields scores (Q, windows T) of single tokens: by position, an input to all later ones.
 """
 import hashlib
 import json
@@ -28,7 +32,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tools import package  # noqa: E402
 
-from attribute import Index, Records, build_index, records, seen_windows  # noqa: E402
+from attribute import MU_SHARE, Index, Records, build_index, records, seen_windows  # noqa: E402
 from common import Run, UserError, atomic, parse_config, reading, run_main  # noqa: E402
 
 PROJECTION = 2048  # dimensions of trak's features
@@ -37,7 +41,7 @@ PROJECTION = 2048  # dimensions of trak's features
 @dataclass
 class RivalConfig:
     out_dir: str = "out"     # the run
-    method: str = "block"    # block, ekfac, ekfac-undamped, trak, gradient or cosine
+    method: str = "block"    # one of those above
     queries: str = "0"       # first tokens of held-out windows, with commas between
     last: int = 0            # only the loss of a window's last tokens is explained; 0: of all
     out: str = "scores.npz"  # written
@@ -63,8 +67,10 @@ def check_methods(names):
     """Raises UserError for a method that is not there, or whose package is not."""
     if unknown := set(names) - set(METHODS):
         raise UserError(f"found methods {unknown}, expected some of {', '.join(METHODS)}")
-    if {"ekfac", "ekfac-undamped"} & set(names):
+    if {"ekfac", "ekfac-undamped", "ekfac-tokens"} & set(names):
         package("kronfluence")
+    if "bm25" in names:
+        package("rank_bm25")
 
 
 def windows(run, text, starts):
@@ -83,6 +89,12 @@ def document_sums(run, starts, scores):
     """Scores of the windows' tokens (Q, windows T) -> of documents (Q, D)."""
     owner = owners(run, starts)
     return np.stack([np.bincount(owner, row, len(run.titles)) for row in scores])
+
+
+def window_sums(run, starts, scores):
+    """Scores of windows (Q, windows), in equal parts of their tokens -> of documents (Q, D)."""
+    parts = scores.numpy() / run.T
+    return document_sums(run, starts, parts.repeat(run.T, 1))
 
 
 def right_sides(index, idx, targets, last=0):
@@ -139,13 +151,14 @@ def ekfac(run, cfg, starts, query):
                             output_dir=folder, disable_model_save=True)
         analyzer.fit_all_factors("factors", train, per_device_batch_size=32)
         yield bytes_in(folder)
-        damping = None if cfg.method == "ekfac" else 1e-8
+        damping = 1e-8 if cfg.method == "ekfac-undamped" else None
         how = ScoreArguments(compute_per_token_scores=True, damping_factor=damping)
         analyzer.compute_pairwise_scores("scores", "factors", TensorDataset(*query), train,
                                          len(query[0]), per_device_train_batch_size=32,
                                          score_args=how)
         scores = analyzer.load_pairwise_scores("scores")["all_modules"]         # (Q, windows, T)
-    yield document_sums(run, starts, scores.flatten(1).double().numpy())
+    scores = scores.flatten(1).numpy()
+    yield scores if cfg.method == "ekfac-tokens" else document_sums(run, starts, scores)
 
 
 def trak(run, cfg, starts, query):
@@ -166,25 +179,41 @@ def trak(run, cfg, starts, query):
     K.diagonal().add_(1e-3 * K.diagonal().mean())
     solved = torch.linalg.solve(K, phi.T)                                       # (D, windows)
     yield solved.nbytes
-    scores = features(*query, cfg.last) @ solved
-    yield document_sums(run, starts, scores.numpy().repeat(run.T, 1) / run.T)
+    yield window_sums(run, starts, features(*query, cfg.last) @ solved)
+
+
+def output_factors(run, starts):
+    """Cholesky factors (V, d, d) of H_v = sum_s pi_sv (1 - pi_sv) z_s z_s^T + mu I."""
+    W = run.model.W
+    H = W.new_zeros(len(W), W.size(1) ** 2)
+    for i in range(0, len(starts), 8):
+        idx, _ = windows(run, run.train, starts[i:i + 8])
+        z = run.model.hidden(idx).flatten(0, 1)
+        pi = (z @ W.T).softmax(1)
+        outer = z[:, :, None] * z[:, None]
+        H += (pi - pi * pi).T @ outer.flatten(1)
+    H = H.unflatten(1, (W.size(1), -1))
+    diagonal = H.diagonal(dim1=1, dim2=2)
+    diagonal += MU_SHARE * diagonal.mean(1).median()
+    return torch.linalg.cholesky(H)
 
 
 def gradient(run, cfg, starts, query):
-    W = run.model.W
-
     def gradients(idx, targets, last=0):
         z = run.model.hidden(idx)[:, -last:]
-        y = targets[:, -last:]
-        e = F.one_hot(y, len(W)) - (z @ W.T).softmax(-1)                        # onehot - softmax
-        return (e.mT @ z).flatten(1)                                            # (B, V d)
-    yield 0
+        onehot = F.one_hot(targets[:, -last:], len(run.model.W))
+        e = onehot - (z @ run.model.W.T).softmax(-1)
+        return e.mT @ z                                                         # (B, V, d)
+    L = output_factors(run, starts) if cfg.method == "output" else None
+    yield 0 if L is None else L.nbytes
     mine = gradients(*query, cfg.last)
+    if L is not None:
+        mine = torch.cholesky_solve(mine.permute(1, 2, 0), L).permute(2, 0, 1)
     scores = []
     for i in range(0, len(starts), 8):
         theirs = gradients(*windows(run, run.train, starts[i:i + 8]))
-        scores.append(mine @ theirs.T)
-    yield document_sums(run, starts, torch.cat(scores, 1).numpy().repeat(run.T, 1) / run.T)
+        scores.append(mine.flatten(1) @ theirs.flatten(1).T)
+    yield window_sums(run, starts, torch.cat(scores, 1))
 
 
 def cosine(run, cfg, starts, query):
@@ -198,9 +227,30 @@ def cosine(run, cfg, starts, query):
     yield (F.normalize(mine, dim=1) @ F.normalize(sums, dim=1).T).numpy()
 
 
+def bm25_scores(texts, queries):
+    """Token ids of texts and of queries, arrays -> BM25 (Q, texts)."""
+    okapi = package("rank_bm25").BM25Okapi([text.tolist() for text in texts])
+    return np.stack([okapi.get_scores(query.tolist()) for query in queries])
+
+
+def bm25(run, cfg, starts, query):
+    yield 0
+    texts = np.split(run.train, run.doc_start[1:])
+    idx, targets = query
+    whole = torch.cat((idx, targets[:, -1:]), 1)
+    yield bm25_scores(texts, whole.numpy())
+
+
 METHODS = {
-    "block": block, "ekfac": ekfac, "ekfac-undamped": ekfac, "trak": trak,
-    "gradient": gradient, "cosine": cosine,
+    "block": block,
+    "ekfac": ekfac,
+    "ekfac-undamped": ekfac,
+    "ekfac-tokens": ekfac,
+    "trak": trak,
+    "gradient": gradient,
+    "output": gradient,
+    "cosine": cosine,
+    "bm25": bm25,
 }
 
 
