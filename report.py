@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from attribute import Index
-from common import atomic, load_documents, parse_config, reading, run_main, write_json
+from common import (atomic, load_documents, load_gains, parse_config, reading, run_main,
+                    write_json)
 from sample import gate_ledger, largest_parts
 
 MAX_CARDS = 2048   # the prototypes that fire most often get a card
@@ -227,14 +228,23 @@ def influence(index, r):
 
 # --------------------------------------- the page
 def interventions(run):
-    """What suppress.py sweep wrote for this checkpoint; the page draws it."""
+    """What suppress.py sweep wrote for this checkpoint, with what detects; the page draws it."""
     found = []
     for path in sorted(run.out_dir.glob("gains/*.sweep.json")):
         with reading(path, "remove it, or write it anew: python suppress.py sweep"):
             sweep = rounded(json.loads(path.read_text("utf-8")))
             if sweep["checkpoint"] == run.hash:
-                found.append(sweep | {"name": path.stem})
+                gains = path.with_suffix("").with_suffix(".json")
+                largest = detectors(load_gains(gains, run.model))
+                found.append(sweep | {"name": gains.stem, "detectors": largest})
     return found
+
+
+def detectors(edit):
+    """Edit -> [[prototype, its weight], ...] of the 12 largest weights; a gain's is g - 1."""
+    weight = edit.w.sum(0) + edit.g - 1
+    largest = weight.abs().argsort(descending=True)[:12]
+    return rounded([[i, weight[i].item()] for i in largest.tolist() if weight[i]])
 
 
 def rounded(value):

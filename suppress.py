@@ -36,7 +36,7 @@ from common import (Run, load_documents, load_gains, parse_config, plain, readin
                     run_main, write_json)
 from prism import Edit, UserError, log_softmax_chunks
 
-SIZES, LAMBDAS = (16, 64, 256), (0.03, 0.1, 0.3)         # detectors, weights of the effect
+SIZES, LAMBDAS = (64, 256), (0.03, 0.1)                  # detectors, weights of the effect
 STRENGTHS = 0.25, 0.5, 0.75, 1.0, 1.5, 2.0               # of sweep
 LEAST = 20                                               # targets in training text
 
@@ -49,7 +49,7 @@ class FindConfig:
     texts: str = ""           # two files with a comma between: text with the behavior, and without
     name: str = "behavior"    # the edit is written to out_dir/gains/NAME.json
     mode: str = "direction"   # direction, or gains: the simplest edit
-    size: int = 0             # prototypes that may detect; 0 tries 16, 64 and 256
+    size: int = 0             # prototypes that may detect; 0 tries 64 and 256
     price: float = 0.5        # most that loss and benign loss may rise, percent, on the tuning half
     kl: float = 0.02          # most nats of KL on unrelated text, on the tuning half
     tokens: int = 200000      # training tokens to learn from
@@ -223,16 +223,24 @@ def behavior_states(run, cfg):
 
 
 # ------------------------------------------- what an edit does to cached states
+def scaled(edit, strength):
+    return edit._replace(g=1 + strength * (edit.g - 1), u=strength * edit.u)
+
+
+def edited(model, edit, strength=1.0):
+    """-> function of States: logits (N, V) with an Edit, gains and directions times a strength"""
+    edit = scaled(edit, strength)
+    return lambda s: edit.apply(s.z, s.ids, s.gates, model.prototypes) @ model.W.T
+
+
 @torch.no_grad()
-def measure(model, s, b, edit=None):
-    """-> (3, N): loss in nats, rate = sum_v b_v pi_tv, KL(pi || pi') in nats"""
-    z = s.z
-    if edit is not None:
-        z = edit.apply(z, s.ids, s.gates, model.prototypes)
-    result = z.new_empty(3, len(z))
-    for at, logp in log_softmax_chunks(z, model.W):
+def measure(model, s, b, change=None):
+    """change: a function of States to logits (N, V), or None for the model as it is
+    -> (3, N): loss in nats, rate = sum_v b_v pi_tv, KL(pi || pi') in nats"""
+    result = s.z.new_empty(3, len(s.z))
+    for at, before in log_softmax_chunks(s.z, model.W):
         some = s.take(at)
-        before = (some.z @ model.W.T).log_softmax(1)
+        logp = change(some).log_softmax(1) if change else before
         result[0, at] = -logp.gather(1, some.y[:, None])[:, 0]
         result[1, at] = logp.exp() @ b
         result[2, at] = (before.exp() * (before - logp)).sum(1)
@@ -291,15 +299,35 @@ def rank_prototypes(s, M):
     return (on - off) / (square - on ** 2 - off ** 2 + 1e-6).sqrt()
 
 
-def fit(model, s, ids, mode, lam, seed=0, steps=120, batch=1024):
-    """States, prototypes ids (n,) -> Edit of these that minimizes, by Adam,
+def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
+    """Minimizes over the parameters in groups, by Adam,
 
         mean over other tokens of KL(pi_t || pi'_t)  +  lam * sum pi'_t[y_t] / sum pi_t[y_t]
 
-    with the sums over targets, a quarter of each batch.
-    """
-    W, P = model.W, model.prototypes
-    M, rng = len(P), torch.Generator().manual_seed(seed)
+    with the sums over targets, a quarter of each batch; pi' = softmax(change(States))."""
+    optimizer = torch.optim.Adam(groups)
+    rng = torch.Generator().manual_seed(seed)
+    targets, others = s.target.nonzero()[:, 0], (~s.target).nonzero()[:, 0]
+    n = batch // 4
+    for step in range(steps):
+        drawn = torch.randint(len(targets), (n,), generator=rng)
+        more = torch.randint(len(others), (batch - n,), generator=rng)
+        some = s.take(torch.cat((targets[drawn], others[more])))
+        before = (some.z @ model.W.T).log_softmax(1)
+        after = change(some).log_softmax(1)
+        kl = (before.exp() * (before - after)).sum(1)[n:]
+        y = some.y[:n, None]
+        share = after[:n].gather(1, y).exp().sum() / before[:n].gather(1, y).exp().sum()
+        loss = kl.mean() + lam * share
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def fit(model, s, ids, mode, lam, seed=0):
+    """States, prototypes ids (n,) -> the Edit of these that descend() finds"""
+    M = len(model.prototypes)
+    ones, zeros = torch.ones_like(model.prototypes[:, 0]), torch.zeros_like(model.prototypes[:, 0])
     on, off = mean_gates(s, s.target, M)[ids], mean_gates(s, ~s.target, M)[ids]
     w = (on - off) / ((on - off) @ on)                            # w.a = 1 at the mean target
     c = (w @ off)[None]                                           # relu(w.a - c) = 0 elsewhere
@@ -309,43 +337,24 @@ def fit(model, s, ids, mode, lam, seed=0, steps=120, batch=1024):
     if mode == "gains":
         fitted, u = [theta], torch.zeros_like(u)
     groups = [{"params": [x.requires_grad_()], "lr": 0.05 if x is u else 0.02} for x in fitted]
-    optimizer = torch.optim.Adam(groups)
-    ones, zeros = torch.ones_like(P[:, 0]), torch.zeros_like(P[:, 0])
-    targets, others = s.target.nonzero()[:, 0], (~s.target).nonzero()[:, 0]
-    n = batch // 4
-    for step in range(steps):
-        drawn = torch.randint(len(targets), (n,), generator=rng)
-        more = torch.randint(len(others), (batch - n,), generator=rng)
-        some = s.take(torch.cat((targets[drawn], others[more])))
-        edit = Edit(ones.index_add(0, ids, theta), zeros.index_add(0, ids, w)[None], c, u[None])
-        z = edit.apply(some.z, some.ids, some.gates, P)
-        before, after = (some.z @ W.T).log_softmax(1), (z @ W.T).log_softmax(1)
-        kl = (before.exp() * (before - after)).sum(1)[n:]
-        y = some.y[:n, None]
-        share = after[:n].gather(1, y).exp().sum() / before[:n].gather(1, y).exp().sum()
-        loss = kl.mean() + lam * share
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return Edit(*(part.detach() for part in edit))
 
-
-def scaled(edit, strength):
-    return edit._replace(g=1 + strength * (edit.g - 1), u=strength * edit.u)
+    def edit():
+        return Edit(ones.index_add(0, ids, theta), zeros.index_add(0, ids, w)[None], c, u[None])
+    descend(model, s, lambda some: edited(model, edit())(some), groups, lam, seed)
+    return Edit(*(part.detach() for part in edit()))
 
 
 def strongest(model, s, b, edit, cfg, T):
-    """Bisection of the strength, 1/8 to 8 -> the strongest Edit at the allowed price, its effect"""
+    """Bisection from 1/8 to 8 -> the largest strength at the allowed price, and its effect"""
     before = measure(model, s, b)
     low, high, found = -3.0, 3.0, None
     for _ in range(6):
         middle = (low + high) / 2
-        stronger = scaled(edit, 2 ** middle)
-        e = effect(s, b, before, measure(model, s, b, stronger), T)
+        e = effect(s, b, before, measure(model, s, b, edited(model, edit, 2 ** middle)), T)
         price = max(e[name][0] for name in ("loss", "benign") if name in e)
         kl = e["kl"][0] if "kl" in e else 0.0
         if price <= cfg.price and kl <= cfg.kl:
-            low, found = middle, (stronger, e)
+            low, found = middle, (2 ** middle, e)
         else:
             high = middle
     return found
@@ -375,13 +384,14 @@ def find(argv):
     order = rank_prototypes(train, M).argsort(descending=True)
     best, least = None, float("inf")
     for size, lam in itertools.product([cfg.size] if cfg.size else SIZES, LAMBDAS):
-        found = fit(model, train, order[:size], cfg.mode, lam, cfg.seed)
-        found = strongest(model, tune, b, found, cfg, run.T)
+        edit = fit(model, train, order[:size], cfg.mode, lam, cfg.seed)
+        found = strongest(model, tune, b, edit, cfg, run.T)
         print(f"{size:>3}, lambda {lam:<4}  {shown(found[1]) if found else 'too dear'}", flush=True)
         if found:
-            left = found[1]["rate"][0] if cfg.behavior else -found[1]["rise"][0]
+            strength, e = found
+            left = e["rate"][0] if cfg.behavior else -e["rise"][0]
             if left < least:
-                least, best = left, (*found, lam)
+                least, best = left, (scaled(edit, strength), e, lam)
     if best is None:
         raise UserError(f"no edit at {cfg.price}% and {cfg.kl} nats; raise --price or --kl")
     edit, e, lam = best
@@ -464,7 +474,8 @@ def sweep(argv):
     for strength in STRENGTHS:
         row = dict(strength=strength)
         for name, e in (("edit", edit), ("control", control)):
-            row[name] = effect(test, b, before, measure(model, test, b, scaled(e, strength)), T)
+            after = measure(model, test, b, edited(model, e, strength))
+            row[name] = effect(test, b, before, after, T)
             print(f"{name:>7} x{strength:<4}  {shown(row[name])}", flush=True)
         rows.append(row)
 

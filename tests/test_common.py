@@ -16,6 +16,7 @@ from conftest import tiny, write_dataset, write_run
 
 import common
 from common import Run, UserError, fingerprint, load_gains, parse_config, window_starts
+from prism import Edit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -214,33 +215,95 @@ def test_a_fingerprint_is_that_of_names_shapes_types_and_values():
     assert re.fullmatch("[0-9a-f]{64}", fingerprint(state))
 
 
-def test_gains_files(tmp_path):
+@pytest.fixture()
+def gains_file(tmp_path):
+    """A model, and a function that writes a file of gains for it -> the file's path."""
     model = tiny(torch.float32)
-    path, other = tmp_path / "g.json", tmp_path / "h.json"
     good = dict(checkpoint=fingerprint(model.state_dict()), ids=[1, 4], gains=[0.0, 2.5])
-    path.write_text(json.dumps(good))
-    assert load_gains(path, model).tolist() == [1, 0, 1, 1, 2.5]
-    other.write_text(json.dumps(good | dict(ids=[4, 0], gains=[-2, 3])))
-    assert load_gains(f"{path},{other}", model).tolist() == [3, 0, 1, 1, -5]
-    other.write_text(json.dumps(good | dict(ids=[], gains=[])))
-    assert load_gains(f"{path},{other}", model).tolist() == [1, 0, 1, 1, 2.5]
-    refusal(load_gains, f"{path},{tmp_path}/none.json", model, match="FileNotFoundError")
+
+    def write(name, text=None, **changes):
+        path = tmp_path / name
+        path.write_text(json.dumps(good | changes) if text is None else text)
+        return path
+    return model, write
+
+
+def direction(**changes):
+    return dict(ids=[2, 0], weights=[0.5, -3], threshold=0.25, direction=[1, 2, 3, 4, 5, 6]) | changes
+
+
+def test_gains_files_compose(gains_file):
+    model, write = gains_file
+    path = write("a.json")                                        # as before there were directions
+    edit = load_gains(path, model)
+    assert isinstance(edit, Edit) and all(part.dtype is torch.float32 for part in edit)
+    assert edit.g.tolist() == [1, 0, 1, 1, 2.5]
+    assert edit.w.shape == (1, 5) and edit.c.shape == (1,) and edit.u.shape == (1, 6)
+    assert not any(part.any() for part in edit[1:])
+    one = write("b.json", ids=[4, 0], gains=[-2, 3], directions=[direction()])
+    two = write("c.json", ids=[], gains=[], directions=[direction(ids=[3], weights=[1]),
+                                                        direction(ids=[], weights=[])])
+    edit = load_gains(one, model)
+    assert edit.g.tolist() == [3, 1, 1, 1, -2]
+    assert edit.w[1].tolist() == [-3, 0, 0.5, 0, 0]
+    assert edit.c.tolist() == [0, 0.25] and edit.u[1].tolist() == [1, 2, 3, 4, 5, 6]
+    assert load_gains(f"{path},{one}", model).g.tolist() == [3, 0, 1, 1, -5]
+    # states of both files together: gains multiply, what directions add is a sum
+    z = torch.randn(7, 6, generator=torch.Generator().manual_seed(1))
+    m, P = model.mixture(z), model.prototypes
+    edits = [load_gains(name, model) for name in (one, two, f"{one},{two}", f"{two},{one}")]
+    a, b, both, reverse = [edit.apply(z, m.ids, m.gates, P) for edit in edits]
+    assert not torch.allclose(a, z) and not torch.allclose(b, z)
+    torch.testing.assert_close(both, a + b - z)
+    torch.testing.assert_close(reverse, both)
+    double = tiny()
+    double.load_state_dict(model.state_dict())                    # of another type: other weights
+    refusal(load_gains, one, double, match="another checkpoint")
+
+
+def test_gains_files_of_others_are_refused(gains_file, tmp_path):
+    model, write = gains_file
+    good = write("good.json", directions=[direction()])
+    refusal(load_gains, f"{good},{tmp_path}/none.json", model, match="FileNotFoundError")
+    nan, inf = math.nan, math.inf
+    other, distinct = "it was made for another checkpoint", "as many different ids below 5"
     for changes, message in (
-            (dict(checkpoint="ff"), "it was made for another checkpoint"),
-            (dict(ids=[1, 5]), "different ids below n_proto"), (dict(ids=[-1, 1]), "different ids"),
-            (dict(ids=[1, 1]), "different ids"), (dict(ids=[1]), "as many different ids"),
-            (dict(ids=[0.5, 1]), "different ids"), (dict(gains=[1.0] * 10 ** 5), "as many"),
-            (dict(ids=list(range(10 ** 5))), "as many"), (dict(gains=[1, math.nan]), "finite"),
-            (dict(gains=[1, math.inf]), "finite"), (dict(gains=[1, 1e300]), "finite"),
-            (dict(gains=[1, 3e38]), "finite"),
+            (dict(checkpoint="ff"), other), (dict(checkpoint=None), other),
+            (dict(ids=[1, 5]), distinct), (dict(ids=[-1, 1]), distinct),
+            (dict(ids=[1, 1]), distinct), (dict(ids=[1]), distinct),
+            (dict(ids=[0.5, 1]), distinct), (dict(gains=[1.0] * 10 ** 5), distinct),
+            (dict(ids=list(range(10 ** 5))), distinct), (dict(gains=[1, nan]), "finite"),
+            (dict(gains=[1, inf]), "finite"), (dict(gains=[1, -inf]), "finite"),
+            (dict(gains=[1, 1e300]), "finite"), (dict(gains=[1, 3e38]), "finite"),
+            (dict(ids=[1, 10 ** 400]), distinct), (dict(ids=["1", "4"]), distinct),
             (dict(gains=[1, 10 ** 400]), ""), (dict(gains=["0", "1"]), ""), (dict(gains=1), ""),
             (dict(gains=[[0.0], [1.0]]), ""), (dict(gains=[[0.0, 1.0]], ids=[1]), ""),
-            (dict(ids={"1": 0, "4": 0}), ""), (dict(ids="", gains=[]), ""), (dict(ids=None), "")):
-        path.write_text(json.dumps(good | changes))
+            (dict(ids={"1": 0, "4": 0}), ""), (dict(ids="", gains=[]), ""), (dict(ids=None), ""),
+            (dict(directions=3), ""), (dict(directions=None), ""), (dict(directions="abc"), ""),
+            (dict(directions=[3]), ""), (dict(directions={"ids": []}), ""),
+            (dict(directions=[{}]), "KeyError")):
+        path = write("bad.json", **changes)
         refusal(load_gains, path, model, match=f"^gains file '{path}' .*{message}")
-    del good["ids"]
-    for text in ("{", "[" * 10 ** 5, "[]", "3", json.dumps(good)):
-        path.write_text(text)
+        refusal(load_gains, f"{good},{path}", model, match=f"^gains file '{path}' ")
+    for changes, message in (
+            (dict(direction=[1] * 5), "below 6"), (dict(direction=[1] * 7), "below 6"),
+            (dict(direction=[]), "below 6"), (dict(direction=[0] * 5 + [nan]), "finite"),
+            (dict(direction=[0] * 5 + [inf]), "finite"), (dict(direction=[1e9] * 6), "finite"),
+            (dict(direction=["1"] * 6), ""), (dict(direction=[[1]] * 6), ""),
+            (dict(direction=1), ""), (dict(direction=None), ""), (dict(direction="abcdef"), ""),
+            (dict(ids=[2, 5]), distinct), (dict(ids=[2, -1]), distinct),
+            (dict(ids=[2, 2]), distinct), (dict(ids=[2]), distinct), (dict(ids="20"), distinct),
+            (dict(weights=[1, nan]), "finite"), (dict(weights=[1, -inf]), "finite"),
+            (dict(weights=[1, 2, 3]), distinct), (dict(weights=["1", "2"]), ""),
+            (dict(threshold=nan), "finite"), (dict(threshold=-inf), "finite"),
+            (dict(threshold=1e7), "finite"), (dict(threshold=10 ** 400), ""),
+            (dict(threshold=[0.5]), ""), (dict(threshold=[0.5, 1]), ""),
+            (dict(threshold="0.5"), ""), (dict(threshold=None), "")):
+        path = write("bad.json", directions=[direction(), direction(**changes)])
+        refusal(load_gains, path, model, match=f"^gains file '{path}' .*{message}")
+    for text in ("{", "[" * 10 ** 5, "[]", "3", "", '{"ids": [], "gains": []}', "\x00",
+                 '{"checkpoint": "%s"}' % fingerprint(model.state_dict())):
+        path = write("bad.json", text)
         refusal(load_gains, path, model, match="python suppress.py find writes one")
 
 

@@ -157,20 +157,19 @@ def test_all_removed_text_counts_at_the_scale_of_the_sample(run):
 def test_a_tiny_run(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tools, "trained", train_here)
-    words = [f"--out_dir={run}", "--sources=source 0,source 1", "--tokens=640", "--out=f.json"]
-    forget.main([*words, "--largest"])
-    forget.main(words)
+    monkeypatch.setattr(forget, "WINDOWS", 1000)
+    words = [f"--out_dir={run}", "--texts=source 0:document 0,source 1", "--tokens=640"]
+    forget.main([*words, "--out=f.json"])
     result = json.loads(Path("f.json").read_text())
     keys = [key for key in result if key.startswith(str(run))]
-    assert [key.partition("tokens: ")[2] for key in keys] == [
-        "largest document of source 0", "largest document of source 1", "source 0", "source 1"]
-    assert capsys.readouterr().out.count("of the retrained model's rise on siblings") == 4
+    assert [key.partition("tokens: ")[2] for key in keys] == ["source 0:document 0", "source 1"]
+    assert capsys.readouterr().out.count("of the retrained model's rise on siblings") == 2
     sides = "blocks", "joint", "refit", "retrain"
     figures = "siblings", "elsewhere", "refit", "retrain"
     assert set(result[keys[0]]) == {"share", *(f"{s}, {f}" for s in sides for f in figures)}
 
-    # the last removal, from the two models: all held-out windows are read
-    found = result[keys[3]]
+    # the second removal, from the two models
+    found = result[keys[1]]
     old = Run(run, "cpu")
     start, _, source_of = load_documents(old.folder, "val", len(old.val))
     removed = np.array(old.source_of) == "source 1"
@@ -190,11 +189,9 @@ def test_a_tiny_run(run, tmp_path, monkeypatch, capsys):
     rise = found["retrain, siblings"][0]
     assert rise > found["retrain, elsewhere"][0] and rise > 0.1
     assert found["share"][0] == pytest.approx(found["refit, siblings"][0] / rise)
-    assert found["joint, refit"]["pearson"] > 0.8 > abs(found["refit, retrain"]["pearson"] - 0.4)
-    assert found["refit, refit"]["slope"] == pytest.approx(1)
-
+    assert found["joint, refit"]["pearson"] > 0.8
     monkeypatch.setattr(forget, "measure", None)          # what is finished is not done again
-    forget.main(words)
+    forget.main([*words, "--out=f.json"])
 
 
 def test_agreement_is_slope_through_the_origin_and_both_correlations():
@@ -205,15 +202,17 @@ def test_agreement_is_slope_through_the_origin_and_both_correlations():
     found = forget.summary(siblings, changes)
     assert found["joint, refit"] == pytest.approx(dict(pearson=1, spearman=1, slope=2))
     assert found["joint, retrain"]["spearman"] == pytest.approx(1)
-    assert found["joint, retrain"]["pearson"] < 0.99
-    slope = (x * np.exp(x)).sum() / (x * x).sum()
-    assert found["joint, retrain"]["slope"] == pytest.approx(slope)
+    p = x[siblings]
+    pearson = np.corrcoef(p, np.exp(p))[0, 1]
+    assert found["joint, retrain"]["pearson"] == pytest.approx(pearson) and pearson < 0.99
+    assert found["joint, retrain"]["slope"] == pytest.approx((p * np.exp(p)).sum() / (p * p).sum())
     assert found["refit, elsewhere"][0] == pytest.approx(2 * x[~siblings].mean())
 
 
 def test_mistakes_are_told_on_one_line(run, tmp_path):
-    with pytest.raises(UserError, match="source=sauce 1 is not in the training text; the nearest"):
-        forget.main([f"--out_dir={run}", "--sources=sauce 1"])
+    for texts in ("sauce 1", "source 1:document 0"):
+        with pytest.raises(UserError, match="texts: '.*1' is not in both .* some of source 0, sour"):
+            forget.main([f"--out_dir={run}", f"--texts={texts}"])
     dense = train_here(tmp_path / "dense", f"--dataset={run.parent / 'words'}", "--n_proto=0",
                        "--max_iters=2", "--eval_interval=2")
     with pytest.raises(UserError, match="holds a dense model"):

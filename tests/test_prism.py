@@ -8,7 +8,7 @@ from conftest import tiny
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prism import PRISM, LinearCrossEntropy, PRISMConfig, UserError, prototype_head
+from prism import PRISM, Edit, LinearCrossEntropy, PRISMConfig, UserError, prototype_head
 
 
 def tokens(*shape, vocab=11, seed=1):
@@ -17,6 +17,19 @@ def tokens(*shape, vocab=11, seed=1):
 
 def randn(*shape, seed=1, dtype=torch.float64):
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def random_edit(M, d, E=3):
+    """Gains and E directions with detectors of which about half fire at a token."""
+    g, w, c, u = randn(M, seed=4), randn(E, M, seed=5), 0.1 * randn(E, seed=6), randn(E, d, seed=7)
+    g[::3] = 1.0
+    w[:, 1::2] = 0.0
+    return Edit(g, w, c, u)
+
+
+def ledger_error(e):
+    """Largest |contributions + residual + edits - logit| of an Explanation."""
+    return (e.contributions.sum(-1) + e.residual + e.edits - e.logit).abs().max()
 
 
 # -- plain loops in Python floats
@@ -252,10 +265,11 @@ def test_slices_add_up_to_the_logit(dtype, tolerance):
     for seed in range(5):
         model = tiny(dtype, seed, n_embd=32, n_proto=40, top_k=8, vocab_size=50)
         idx = tokens(3, 8, vocab=50, seed=seed)
-        for gains in (None, torch.rand(40) * 3):
+        edit = Edit(*(part.to(dtype) for part in random_edit(40, 32)))
+        for gains in (None, torch.rand(40) * 3, edit):
             e = model.explain(idx, gains=gains)
-            error = (e.contributions.sum(-1) + e.residual - e.logit).abs().max()
-            assert error <= tolerance * e.logit.abs().max()
+            assert ledger_error(e) <= tolerance * e.logit.abs().max()
+            assert (e.edits.abs().max() > 0.1) == (gains is edit)
             logits = model.logits(model.hidden(idx), gains)
             assert torch.equal(e.targets, logits.argmax(-1))
             torch.testing.assert_close(e.logit, logits.max(-1).values)
@@ -290,9 +304,82 @@ def test_gains():
     ce = model(idx, idx, gains=gains, return_terms=True)[1][0]
     torch.testing.assert_close(ce, F.cross_entropy(logits.flatten(0, 1), idx.flatten()))
     assert loss != loss_of_ones
-    for other in (model, tiny(n_proto=0)):
-        with pytest.raises(UserError, match=r"\(8,\) gains, but n_proto = "):
-            other(idx, gains=torch.ones(8))
+    for call in (model, model.explain):
+        with pytest.raises(UserError, match=r"\(8,\) gains, but n_proto = 9"):
+            call(idx, gains=torch.ones(8))
+
+
+# -- edits
+
+def test_an_edit_equals_plain_loops():
+    """z'_t = z_t + sum_i (g_i - 1) a_ti p_i + sum_e relu(sum_i w_ei a_ti - c_e) u_e"""
+    model, M, d = tiny(n_proto=9, top_k=4), 9, 6
+    edit = random_edit(M, d)
+    g, w, c, u = (part.tolist() for part in edit)
+    z = model.hidden(tokens(2, 8)).flatten(0, 1)
+    P, m = model.prototypes.tolist(), model.mixture(z)
+    fired, states = [], []
+    for row, ids, gates in zip(z.tolist(), m.ids.tolist(), m.gates.tolist()):
+        a = [0.0] * M
+        for i, gate in zip(ids, gates):
+            a[i] = gate
+        fire = [max(0.0, dot(w[e], a) - c[e]) for e in range(3)]
+        state = []
+        for j in range(d):
+            change = sum((g[i] - 1) * a[i] * P[i][j] for i in range(M))
+            state.append(row[j] + change + sum(fire[e] * u[e][j] for e in range(3)))
+        fired.append(fire)
+        states.append(state)
+    fired, states = (torch.tensor(x, dtype=torch.float64) for x in (fired, states))
+    torch.testing.assert_close(edit.fire(m.ids, m.gates), fired)
+    torch.testing.assert_close(edit.apply(z, m.ids, m.gates, model.prototypes), states)
+    assert 0.2 < (fired > 0).double().mean() < 0.8                # some fire, some do not
+    none = edit._replace(g=torch.ones(M, dtype=torch.float64), u=torch.zeros_like(edit.u))
+    assert torch.equal(none.apply(z, m.ids, m.gates, model.prototypes), z)
+
+
+def test_edited_logits_are_w_times_the_edited_states():
+    model, idx, edit = tiny(n_proto=9, top_k=4), tokens(2, 8), random_edit(9, 6)
+    z = model.hidden(idx)
+    m = model.mixture(z)
+    states = edit.apply(z.flatten(0, 1), m.ids, m.gates, model.prototypes).view(2, 8, 6)
+    want = states @ model.W.T
+    assert (want - model.logits(z)).abs().max() > 0.1
+    torch.testing.assert_close(model.steer(z, edit), states)
+    torch.testing.assert_close(model.logits(z, edit), want)
+    logits, loss = model(idx, idx, gains=edit)
+    torch.testing.assert_close(logits, want)
+    ce = F.cross_entropy(want.flatten(0, 1), idx.flatten())
+    terms = model(idx, idx, gains=edit, return_terms=True)[1]
+    torch.testing.assert_close(terms[0], ce.detach())
+    assert torch.equal(terms[1:], model(idx, idx, return_terms=True)[1][1:])  # of the head alone
+    torch.testing.assert_close(model(idx, gains=edit)[0][:, 0], want[:, -1])
+    assert model.steer(z) is z
+
+
+def test_the_ledger_of_an_edit_names_each_part():
+    model, idx, edit = tiny(n_proto=9, top_k=4), tokens(2, 8), random_edit(9, 6)
+    plain, e = model.explain(idx, idx), model.explain(idx, idx, edit)
+    w = model.W[idx]
+    fired = edit.fire(e.prototypes.flatten(0, 1), e.gates.flatten(0, 1)).view(2, 8, 3)
+    torch.testing.assert_close(e.contributions, edit.g[e.prototypes] * plain.contributions)
+    torch.testing.assert_close(e.edits, (fired * (w @ edit.u.T)).sum(-1))
+    torch.testing.assert_close(e.residual, plain.residual)
+    torch.testing.assert_close(e.gates, plain.gates)
+    assert plain.edits.shape == (2, 8) and not plain.edits.any()
+    assert ledger_error(e) < 1e-12 and ledger_error(plain) < 1e-12
+
+
+def test_gains_are_an_edit_without_a_direction():
+    model, idx, gains = tiny(n_proto=9, top_k=4), tokens(2, 8), randn(9)
+    zeros = randn(1, 9) * 0, randn(1) * 0, randn(1, 6) * 0
+    edit = Edit(gains, *zeros)
+    assert all(torch.equal(a, b) for a, b in zip(model.edit(gains), edit))
+    assert model.edit(edit) is edit
+    assert torch.equal(model(idx, idx, gains=gains)[0], model(idx, idx, gains=edit)[0])
+    for a, b in zip(model.explain(idx, gains=gains), model.explain(idx, gains=edit)):
+        assert torch.equal(a, b)
+    assert model.edit(gains.float()).g.dtype is torch.float64     # that of the model
 
 
 def test_dense_twin_starts_from_the_same_trunk():
@@ -366,11 +453,18 @@ def plain_generate(model, idx, n, seed, temperature=1.0, top_k=None, gains=None)
 @pytest.mark.parametrize("prompt", [1, 4, 8, 13])
 def test_cached_generation_equals_full_passes_past_the_context(prompt):
     model, idx = tiny(), tokens(3, prompt)
-    for kw in (dict(temperature=0), dict(temperature=0.9, top_k=6), dict(gains=torch.rand(5) * 2)):
+    gains, edit = torch.rand(5) * 2, random_edit(5, 6)
+    edit = edit._replace(c=edit.c - 1, u=5 * edit.u)              # one that changes each text
+    for kw in (dict(temperature=0), dict(temperature=0.9, top_k=6), dict(gains=gains),
+               dict(gains=edit)):
         got = model.generate(idx, 20, seed=5, **kw)
         assert got.shape == (3, prompt + 20)
         assert torch.equal(got, plain_generate(model, idx, 20, 5, **kw))
-    assert not torch.equal(model.generate(idx, 20, seed=5), model.generate(idx, 20, seed=6))
+    whole = model.generate(idx, 20, seed=5)
+    assert not torch.equal(whole, model.generate(idx, 20, seed=6))
+    assert not torch.equal(whole, model.generate(idx, 20, seed=5, gains=edit))
+    steps = torch.cat([*model.stream(idx, 20, seed=5, gains=edit)], 1)
+    assert torch.equal(model.generate(idx, 20, seed=5, gains=edit)[:, prompt:], steps)
 
 
 def test_one_greedy_string():
@@ -442,8 +536,8 @@ def test_prototypes_start_as_token_states_of_the_best_length(n_proto):
     idx[1] += 3
     torch.manual_seed(0)
     model.start_prototypes(idx)
-    assert model.training
-    z = model.eval().hidden(idx).flatten(0, 1)                    # 16 states
+    assert not model.training
+    z = model.hidden(idx).flatten(0, 1)                    # 16 states
     near = (F.normalize(model.prototypes, dim=1) @ F.normalize(z, dim=1).T).max(1)
     torch.testing.assert_close(near.values, torch.ones(n_proto, dtype=torch.float64))
     assert len(set(near.indices.tolist())) == min(n_proto, 16)    # none twice while they last

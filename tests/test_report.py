@@ -22,7 +22,7 @@ import torch
 import report
 from attribute import Index
 from common import load_checkpoint
-from prism import UserError
+from prism import Edit, UserError
 from report import render
 from sample import gate_ledger, largest_parts
 
@@ -32,6 +32,19 @@ STRANGE = ("__REPORT_DATA__ ${alert(3)} \u202etxet desrever\u2066 \x00\x07\x1b \
            "\ud800 ]]> --> <!--")
 KINDS = ["space", "number", "code", "punctuation", "function word", "name", "word piece",
          "content word"]
+
+
+def sweep_rows(*names):
+    """Rows as suppress.py sweep writes them: effect and prices grow with the strength."""
+    def effects(strength, slope):
+        found = {name: [slope * strength, 0.9 * slope * strength, 1.2 * slope * strength]
+                 for name in names}
+        if "rate" in found:
+            value, low, high = found["rate"]
+            found["rate"] = [1 - value / 2, 1 - high / 2, 1 - low / 2]
+        return found
+    return [dict(strength=x, edit=effects(x, 0.5), control=effects(x, 0.125))
+            for x in (0.5, 1.0, 2.0)]
 
 
 def sample(n_cards=60, n_tokens=40, huge=0):
@@ -73,9 +86,9 @@ def sample(n_cards=60, n_tokens=40, huge=0):
                     contexts=contexts, sources=sources, near=[(i + 1) % n_cards])
 
     tokens = [dict(text="The")] + [token(i) for i in range(1, n_tokens)]
-    row = dict(size=4, setting=bad, loss_percent=0.1, rate=0.5, control_loss_percent=0.2,
-               control_rate=0.9)
-    rows = [dict(row, mode=mode) for mode in ("shared", "fit", "chosen")]
+    sweep = dict(behavior=HOSTILE, price=0.25, kl=0.02, before=[[3, long]], after=[[0, bad]])
+    rows = sweep_rows("rate", "rise", "loss", "benign", "kl")
+    source = sweep | dict(name="a source", rows=sweep_rows("rise", "loss", "kl"), detectors=[])
     return dict(title="PRISM report",
                 run={"parameters": 2815872, bad: long},
                 metrics={"this run": ROWS, "its dense twin": DENSE},
@@ -85,8 +98,8 @@ def sample(n_cards=60, n_tokens=40, huge=0):
                 texts=[dict(name=HOSTILE, prompt=2, tokens=tokens),
                        dict(name=long, prompt=0, tokens=[dict(text=long)])],
                 cards=[card(i) for i in range(n_cards)],
-                gains=[dict(name=bad + ".sweep", behavior=HOSTILE, price=0.25, rows=rows,
-                            before=[[3, long]], after=[[0, bad]])])
+                gains=[sweep | dict(name=bad, rows=rows, detectors=[[3, 0.75], [1, -0.5]]),
+                       source])
 
 
 EMPTY = dict(title="PRISM report", run={}, metrics={}, health=None, kinds=KINDS, function_words="",
@@ -105,18 +118,26 @@ DENSE = """step,tokens,ce,rec,t2p,p2t,val_ce,val_ce_prototypes,residual_share
 
 def sweep_of(out, **changes):
     """A file as suppress.py sweep writes, for the weights in out."""
-    row = dict(size=4, setting=HOSTILE, loss_percent=0.1, rate=0.5, control_loss_percent=0.2,
-               control_rate=0.9)
-    rows = [dict(row, mode=mode) for mode in ("shared", "fit", "chosen")]
-    sweep = dict(behavior=r"$\frac{" + HOSTILE, price=0.25, rows=rows,
+    rows = sweep_rows("rate", "rise", "loss", "benign", "kl")
+    sweep = dict(behavior=r"$\frac{" + HOSTILE, price=0.25, kl=0.02, rows=rows,
                  checkpoint=Index(out, "cpu").run.hash, before=[[3, HOSTILE], [2, HOSTILE]],
                  after=[[0, STRANGE]])
     return sweep | changes
 
 
 def write_sweep(out, text):
-    (out / "gains").mkdir(exist_ok=True)
     (out / "gains/cat.sweep.json").write_text(text, encoding="utf-8")
+
+
+def write_gains(out):
+    """Two directions that share prototype 4, and a gain."""
+    (out / "gains").mkdir()
+    run = Index(out, "cpu").run
+    u = [0.0] * run.model.config.n_embd
+    content = dict(checkpoint=run.hash, ids=[7], gains=[0.25],
+                   directions=[dict(ids=[4, 2], weights=[0.5, -1.5], threshold=0.1, direction=u),
+                               dict(ids=[4], weights=[0.5], threshold=0.1, direction=u)])
+    (out / "gains/cat.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +148,7 @@ def out(made, tmp_path_factory):
     out.with_name("out-dense").mkdir()
     (out / "metrics.csv").write_text(ROWS)
     (out.with_name("out-dense") / "metrics.csv").write_text(DENSE)
+    write_gains(out)
     write_sweep(out, json.dumps(sweep_of(out)))
     report.main([f"--out_dir={out}", "--prompt=the <cat", "--device=cpu"])
     return out
@@ -144,7 +166,8 @@ def test_the_report_is_written_whole_with_its_plot_and_labels(out, data):
     assert data["metrics"] == {"this run": ROWS, "its dense twin": DENSE}
     assert data["run"]["n_proto"] == 12 and data["run"]["steps"] == 135
     gains, = data["gains"]
-    assert gains["name"] == "cat.sweep" and len(gains["rows"]) == 3
+    assert gains["name"] == "cat" and len(gains["rows"]) == 3
+    assert gains["detectors"] == [[2, -1.5], [4, 1.0], [7, -0.75]]
     assert gains["before"] == [[3, HOSTILE], [2, HOSTILE]]
     labels = json.loads((out / "labels.json").read_text("utf-8"))
     assert labels["checkpoint"] == Index(out, "cpu").run.hash
@@ -351,8 +374,21 @@ def test_a_damaged_sweep_is_one_line(out):
                 report.interventions(run)
         write_sweep(out, json.dumps(sweep_of(out, checkpoint="another")))
         assert report.interventions(run) == []
+        (out / "gains/cat.json").rename(out / "gains/dog.json")
+        write_sweep(out, good)
+        with pytest.raises(UserError, match="cat.json.*suppress.py find"):
+            report.interventions(run)
     finally:
         write_sweep(out, good)
+        if (out / "gains/dog.json").exists():
+            (out / "gains/dog.json").rename(out / "gains/cat.json")
+
+
+def test_at_most_twelve_prototypes_detect():
+    w = -torch.arange(16.0)[None]
+    edit = Edit(torch.ones(16), w, torch.zeros(1), torch.zeros(1, 4))
+    assert report.detectors(edit) == [[i, -i] for i in range(15, 3, -1)]
+    assert report.detectors(edit._replace(w=0 * w)) == []
 
 
 # ------------------------------------------- the page in a browser
@@ -563,12 +599,48 @@ def test_hostile_text_stays_text(page):
 def test_a_sweep_that_makes_no_sense_is_said_to_and_harms_nothing(page):
     data = sample(n_cards=3, n_tokens=3)
     good = data["gains"][0]
+    rows = sweep_rows("rate", "loss")
     data["gains"] = [good, good | dict(rows=[3]), good | dict(rows=3), good | dict(rows=[]),
-                     good | dict(price={}), good | dict(before=3), good | dict(name=3), 5, None]
+                     good | dict(price={}), good | dict(before=3), good | dict(name=3),
+                     good | dict(rows=rows[:1]), good | dict(detectors=3),
+                     good | dict(rows=[*rows, dict(strength=3, edit={}, control={})]),
+                     good | dict(rows=[rows[1] | dict(control=dict(rate="1", loss=[1, 1, 1]))]),
+                     5, None]
     b = page(data)
-    assert b.js("document.querySelectorAll('#gains > p').length") == 8
-    assert b.js("document.querySelectorAll('#gains article svg.plot').length") == 1
+    assert b.js("document.querySelectorAll('#gains > p').length") == 11
+    assert b.js("document.querySelectorAll('#gains article').length") == 2
+    assert b.js("document.querySelectorAll('#gains article svg.plot').length") == 6
     assert "cannot be drawn" in text_of(b, "gains") and "NaN" not in text_of(b, "gains")
+
+
+def test_a_sweep_is_drawn_against_each_price_with_what_detects(page):
+    b = page(sample())
+    plots = b.js("""[...document.querySelectorAll('#gains article')].map(article =>
+      [...article.querySelectorAll('svg.plot')].map(svg => [
+        svg.querySelectorAll('polyline').length, svg.querySelectorAll('.interval').length,
+        svg.querySelectorAll('.sign').length, [...svg.querySelectorAll('text')].slice(-2)
+          .map(e => e.textContent.replace(/.*(loss of|benign|KL|rate|rise).*/, '$1'))]))""")
+    # two lines of three strengths and none; one mark on strength 1; an interval each way
+    assert plots == [[[2, 12, 10, [price, "rate"]] for price in ("loss of", "benign", "KL")],
+                     [[2, 12, 10, [price, "loss"]] for price in ("loss of", "KL")]]
+    table = b.js("""[...document.querySelectorAll('#gains tbody')].map(body =>
+      [...body.rows].map(row => [...row.cells].slice(1).map(cell => cell.textContent)))""")
+    prices = ["0.5 [0.45, 0.6]", "0.125 [0.113, 0.15]"]
+    assert table == [[["0.75 [0.7, 0.775]", "0.938 [0.925, 0.944]"], prices, prices, prices],
+                     [prices] * 3]
+    # the line falls with the strength, the dotted line stands at the price
+    falls = b.js("""[...document.querySelector('#gains polyline').points].map(p => [p.x, p.y])""")
+    assert falls == sorted(falls) and falls[0][1] < falls[3][1]
+    x = b.js("+document.querySelector('#gains .rule').getAttribute('x1')")
+    assert x == pytest.approx(falls[1][0], abs=0.1)               # 0.25%, as at strength 0.5
+    assert b.js("document.querySelectorAll('#gains article')[1].textContent").count("matches") == 0
+    detectors = "#gains ul.legend a.proto"
+    assert b.js(f"[...document.querySelectorAll('{detectors}')].map(e => e.hash)") == [
+        "#proto-3", "#proto-1"]
+    assert "−0.500" in text_of(b, "gains")
+    b.click(detectors)
+    b.js("new Promise(done => setTimeout(done, 100))")
+    assert b.js("document.activeElement.id") == "proto-3"
 
 
 def test_the_page_of_a_run_draws_every_part(browser, out):
@@ -579,7 +651,7 @@ def test_the_page_of_a_run_draws_every_part(browser, out):
     nav = "[...document.querySelectorAll('nav a')].map(e => e.hash.slice(1))"
     assert browser.js(nav) == parts
     assert not browser.js("document.querySelectorAll('main section[hidden]').length")
-    assert browser.js("document.querySelectorAll('svg.plot').length") == 5
+    assert browser.js("document.querySelectorAll('svg.plot').length") == 7
     assert browser.js("document.querySelectorAll('#loss polyline').length") == 8
     facts = shown_text(browser, "facts")
     assert "4.750 nats" in facts and "4.625 nats" in facts

@@ -1,19 +1,18 @@
 """Forgetting in closed form: the head without some text, beside a model retrained without it.
 
-    python experiments/interventions/forget.py [--largest]
+    python experiments/interventions/forget.py
     python experiments/interventions/forget.py --out_dir=out-books \\
-        --sources=melville-moby_dick,edgeworth-parents,austen-emma
+        --texts=melville-moby_dick,edgeworth-parents,austen-emma
 
 A linear term makes the checkpoint P_0 the minimum of the loss (see refit.py). Token s adds -a_s g_s
 to its gradient; without the tokens S it is b = sum_{s in S} a_s g_s, and Newton's step is
 
     P' = P_0 - H^-1 b,   H of the tokens that remain: the first of the steps to refit
 
-Sides: blocks, H is its exact blocks; joint, the joint H by conjugate gradients; refit, P fitted
-without S; retrain, a model trained without S with the default options. b is of all text of S, the
-rest a sample of windows, b scaled to it. Change of loss, nats per token, on held-out text of the
-source (siblings) and elsewhere; slope: real per predicted change, through the origin. Share:
-refit's rise on siblings as a share of retrain's; what is missing the trunk still knows.
+Sides: blocks, H is its exact blocks; joint, the joint H; refit, P fitted without S; retrain, a new
+model without S, by default options. b is of all S, the rest a sample of windows, b scaled to it.
+Changes of loss: nats per token on held-out text of the source (siblings) and elsewhere. Slope: real
+per predicted change, through the origin. Share: refit's rise in retrain's; the trunk knows the rest
 """
 import sys
 from dataclasses import dataclass
@@ -28,18 +27,17 @@ from rivals import owners  # noqa: E402
 from tools import interval, read_results, save_results, spearman, trained_on  # noqa: E402
 
 from attribute import MU_SHARE, Curvature, seen_windows  # noqa: E402
-from common import Run, parse_config, run_main  # noqa: E402
-from suppress import FindConfig, chosen_documents, draw_windows, mark  # noqa: E402
+from common import Run, UserError, load_documents, parse_config, run_main  # noqa: E402
 
 TOLERANCE = 0.1  # of the norm of b; with 0.005 refit's changes of loss differ by 1%
-QUERIES = 256    # held-out windows, at most half of them with siblings
+WINDOWS = 600    # held-out windows, at most
 
 
 @dataclass
 class ForgetConfig:
     out_dir: str = "out"   # the run
-    sources: str = "language reference,idlelib,tkinter"  # each is removed in turn
-    largest: bool = False  # only the largest document of each is removed
+    texts: str = ("language reference,language reference:topics/specialnames,idlelib,"
+                  "idlelib:idlelib.config,tkinter,tkinter:tkinter")  # sources, source:document
     tokens: int = 32768    # training tokens that P is fitted on
     out: str = "experiments/results/forget.json"  # the result
 
@@ -74,9 +72,8 @@ def forget(rest, b, W, P):
     joint = P - solve_joint(W, r, mu, b, blocks, TOLERANCE)
     tilt = b + right_side(r, M)                           # b is then F's gradient at P
     refit = fit(rest, W, P, joint, tilt, mu, blocks, TOLERANCE * b.norm())
-    return {"blocks": P - blocks(b[None])[0],
-            "joint": joint,
-            "refit": refit}
+    alone = P - blocks(b[None])[0]
+    return {"blocks": alone, "joint": joint, "refit": refit}
 
 
 def summary(siblings, changes):
@@ -86,30 +83,35 @@ def summary(siblings, changes):
         for group, tokens in (("siblings", siblings), ("elsewhere", ~siblings)):
             found[f"{side}, {group}"] = interval((x * tokens).sum(1), tokens.sum(1))
         for real in ("refit", "retrain"):
-            p, y = x.ravel(), changes[real].ravel()
+            p, y = x[siblings], changes[real][siblings]
             found[f"{side}, {real}"] = {
                 "pearson": np.corrcoef(p, y)[0, 1].item(),
                 "spearman": spearman(p[:, None], y[:, None]).item(),
                 "slope": (p @ y / (p @ p)).item()}
-    rise = {side: (x * siblings).sum(1) for side, x in changes.items()}
-    found["share"] = interval(rise["refit"], rise["retrain"])
+    rise = [(changes[side] * siblings).sum(1) for side in ("refit", "retrain")]
+    found["share"] = interval(*rise)
     return found
 
 
 def measure(cfg, run, source, removed):
     """What happens without the documents (D,) of a source -> figures for JSON."""
-    text = mark(run, FindConfig(source=source), "val")
-    starts = run.T * draw_windows(text, run.T, QUERIES, True, seed=1)
-    siblings = text.inside[starts[:, None] + 1 + torch.arange(run.T)].numpy()
+    first, _, source_of = load_documents(run.folder, "val", len(run.val))
+    n = (len(run.val) - 1) // run.T
+    starts = run.T * np.arange(0, n, 1 + n // WINDOWS)
+    inside = np.repeat(np.array(source_of) == source, np.diff([*first, len(run.val)]))
+    siblings = inside[starts[:, None] + 1 + np.arange(run.T)]
+    if not removed.any() or not siblings.any():
+        raise UserError(f"texts: '{source}' is not in both training and held-out text, or has no "
+                        f"such document; expected some of {', '.join(run.sources)}")
 
     def loss(run, P):
-        r = held(run, run.val, starts.numpy()).records(run.model.W, P)
+        r = held(run, run.val, starts).records(run.model.W, P)
         return r.loss.view(-1, run.T).numpy()
-    W, P = run.model.W, run.model.prototypes
+    P = run.model.prototypes
     before = loss(run, P)
     rest, b = without(run, removed, cfg.tokens // run.T)
     changes = {}
-    for side, new in forget(rest, b, W, P).items():
+    for side, new in forget(rest, b, run.model.W, P).items():
         changes[side] = loss(run, new) - before
     twin = Run(trained_on(run, ~removed, "out-without", 1, []), "cpu")
     changes["retrain"] = loss(twin, twin.model.prototypes) - before
@@ -120,13 +122,11 @@ def main(argv):
     cfg = parse_config(ForgetConfig, argv)
     run = Run(cfg.out_dir, "cpu")
     result = read_results(cfg.out)
-    size = np.diff([*run.doc_start, len(run.train)])
-    for source in cfg.sources.split(","):
-        removed = chosen_documents(FindConfig(source=source), run.titles, run.source_of)
-        name = source
-        if cfg.largest:
-            name = f"largest document of {source}"
-            removed = np.arange(len(size)) == np.where(removed, size, 0).argmax()
+    for name in cfg.texts.split(","):
+        source, _, title = name.partition(":")
+        removed = np.array(run.source_of) == source
+        if title:
+            removed &= np.array(run.titles) == title
         key = f"{cfg.out_dir} {run.hash[:8]}, {cfg.tokens} tokens: {name}"
         if key not in result:
             result[key] = measure(cfg, run, source, removed)
