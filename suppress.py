@@ -38,7 +38,8 @@ from prism import Edit, UserError, log_softmax_chunks
 
 SIZES, LAMBDAS = (64, 256), (0.03, 0.1)                  # detectors, weights of the effect
 STRENGTHS = 0.25, 0.5, 0.75, 1.0, 1.5, 2.0               # of sweep
-LEAST = 20                                               # targets in training text
+LEAST = 20                                               # tokens that a figure needs
+UNITS = {"rate": "", "rise": " nats", "loss": "%", "benign": "%", "kl": " nats"}
 
 
 @dataclass
@@ -127,7 +128,7 @@ def of_source(run, name, split):
 
 
 def of_files(run, texts, split):
-    """Tokens of both files' first two thirds (train) or last third -> and whether of the first"""
+    """Tokens of both files, first two thirds (train) or last third -> and whether of the first"""
     parts = []
     with reading(f"texts={texts}", "expected two files of text, as --texts=with.txt,without.txt"):
         first, second = texts.split(",")
@@ -135,7 +136,8 @@ def of_files(run, texts, split):
             ids = run.tokenizer.encode_ordinary(Path(name).read_text("utf-8"))
             cut = 2 * len(ids) // 3
             parts.append(ids[:cut] if split == "train" else ids[cut:])
-    return np.array(sum(parts, [])), np.repeat([True, False], [len(ids) for ids in parts])
+    tokens = np.array(parts[0] + parts[1])
+    return tokens, np.arange(len(tokens)) < len(parts[0])
 
 
 def mark(run, cfg, split):
@@ -198,8 +200,7 @@ def draw_windows(text, T, n, balanced, seed, part=slice(None)):
 def behavior_states(run, cfg):
     """What a behavior is measured with -> b (V,), zeros for text, and States of training text, of
     the tuning half and of the test half of the held-out text (alternate windows)."""
-    given = [cfg.behavior, cfg.source, cfg.texts]
-    if given.count("") != 2:
+    if [cfg.behavior, cfg.source, cfg.texts].count("") != 2:
         raise UserError("expected one of --behavior='>>>', --source=NAME and --texts=WITH,WITHOUT")
     text, val = mark(run, cfg, "train"), mark(run, cfg, "val")
     if len(val.tokens) <= 2 * run.T:
@@ -256,31 +257,31 @@ def interval(numerator, denominator, seed=0, draws=1000):
 
 
 def effect(s, b, before, after, T):
-    """Two results of measure() on whole windows -> {name: [value, low, high]} of those that there
+    """Two results of measure() on whole windows -> {name: (value, low, high)} of those that there
     are: rate (a share of before), rise (nats), loss and benign (percent), kl (nats)."""
     one = torch.ones_like(before[0])
-    benign = s.free & (b[s.y] > 0)
-    quotients = dict(rate=(after[1], before[1], before[1] > 0),
-                     rise=(after[0] - before[0], one, s.target),
-                     loss=(after[0] - before[0], before[0] / 100, s.free),
-                     benign=(after[0] - before[0], before[0] / 100, benign),
-                     kl=(after[2], one, s.far))
+    rise = after[0] - before[0]
+    percent = before[0] / 100
+    quotients = {"rate": (after[1], before[1], before[1] > 0),
+                 "rise": (rise, one, s.target),
+                 "loss": (rise, percent, s.free),
+                 "benign": (rise, percent, s.free & (b[s.y] > 0)),
+                 "kl": (after[2], one, s.far)}
     found = {}
     for name, (numerator, denominator, keep) in quotients.items():
+        if keep.sum() < LEAST:
+            continue
         sums = torch.stack((numerator, denominator)).double() * keep
-        per_window = sums.view(2, -1, T).sum(2).cpu().numpy()
-        if keep.sum() >= LEAST:
-            found[name] = list(interval(*per_window))
+        per_window = sums.view(2, -1, T).sum(2)
+        found[name] = interval(*per_window.cpu().numpy())
     return found
 
 
 def shown(e):
     """effect() on one line"""
-    forms = dict(rate="rate x{:.3f}", rise="targets {:+.2f} nats", loss="loss {:+.2f}%",
-                 benign="benign {:+.2f}%", kl="KL {:.4f}")
     parts = []
     for name, (value, low, high) in e.items():
-        parts.append(f"{forms[name].format(value)} [{low:.3g}, {high:.3g}]")
+        parts.append(f"{name} {value:.3g}{UNITS[name]} [{low:.3g}, {high:.3g}]")
     return "  ".join(parts)
 
 
@@ -318,28 +319,32 @@ def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
         kl = (before.exp() * (before - after)).sum(1)[n:]
         y = some.y[:n, None]
         share = after[:n].gather(1, y).exp().sum() / before[:n].gather(1, y).exp().sum()
-        loss = kl.mean() + lam * share
         optimizer.zero_grad()
-        loss.backward()
+        (kl.mean() + lam * share).backward()
         optimizer.step()
 
 
 def fit(model, s, ids, mode, lam, seed=0):
     """States, prototypes ids (n,) -> the Edit of these that descend() finds"""
     M = len(model.prototypes)
-    ones, zeros = torch.ones_like(model.prototypes[:, 0]), torch.zeros_like(model.prototypes[:, 0])
+    zeros = torch.zeros_like(model.prototypes[:, 0])
     on, off = mean_gates(s, s.target, M)[ids], mean_gates(s, ~s.target, M)[ids]
     w = (on - off) / ((on - off) @ on)                            # w.a = 1 at the mean target
     c = (w @ off)[None]                                           # relu(w.a - c) = 0 elsewhere
     u = F.normalize(s.z[~s.target].mean(0) - s.z[s.target].mean(0), dim=0)
     theta = torch.zeros_like(w)                                   # g - 1
-    fitted = [w, c, u]
     if mode == "gains":
-        fitted, u = [theta], torch.zeros_like(u)
-    groups = [{"params": [x.requires_grad_()], "lr": 0.05 if x is u else 0.02} for x in fitted]
+        u = torch.zeros_like(u)
+        groups = [{"params": [theta], "lr": 0.02}]
+    else:
+        groups = [{"params": [w, c], "lr": 0.02}, {"params": [u], "lr": 0.05}]
+    for group in groups:
+        for x in group["params"]:
+            x.requires_grad_()
 
     def edit():
-        return Edit(ones.index_add(0, ids, theta), zeros.index_add(0, ids, w)[None], c, u[None])
+        g = 1 + zeros.index_add(0, ids, theta)
+        return Edit(g, zeros.index_add(0, ids, w)[None], c, u[None])
     descend(model, s, lambda some: edited(model, edit())(some), groups, lam, seed)
     return Edit(*(part.detach() for part in edit()))
 
@@ -351,8 +356,8 @@ def strongest(model, s, b, edit, cfg, T):
     for _ in range(6):
         middle = (low + high) / 2
         e = effect(s, b, before, measure(model, s, b, edited(model, edit, 2 ** middle)), T)
-        price = max(e[name][0] for name in ("loss", "benign") if name in e)
-        kl = e["kl"][0] if "kl" in e else 0.0
+        price = max(e[name][2] for name in ("loss", "benign") if name in e)
+        kl = e["kl"][2] if "kl" in e else 0.0                     # upper ends of the intervals
         if price <= cfg.price and kl <= cfg.kl:
             low, found = middle, (2 ** middle, e)
         else:
@@ -364,9 +369,13 @@ def write_edit(path, run, edit, **facts):
     """A file that common.load_gains reads. The sweep of an older file of this name goes."""
     ids = (edit.g != 1).nonzero()[:, 0].tolist()
     directions = []
-    for w, c, u in zip(edit.w, edit.c.tolist(), edit.u.tolist()):
+    for w, c, u in zip(edit.w, edit.c.tolist(), edit.u):
         named = w.nonzero()[:, 0].tolist()
-        directions.append(dict(ids=named, weights=w[named].tolist(), threshold=c, direction=u))
+        if u.any():
+            directions.append({"ids": named,
+                               "weights": w[named].tolist(),
+                               "threshold": c,
+                               "direction": u.tolist()})
     path.with_suffix(".sweep.json").unlink(missing_ok=True)
     write_json(path, dict(checkpoint=run.hash, **facts, ids=ids, gains=edit.g[ids].tolist(),
                           directions=directions))
@@ -382,19 +391,21 @@ def find(argv):
     b, train, tune, _ = behavior_states(run, cfg)
     print(f"{train.target.sum():,} targets in {len(train.y):,} training tokens")
     order = rank_prototypes(train, M).argsort(descending=True)
-    best, least = None, float("inf")
+    best = None
     for size, lam in itertools.product([cfg.size] if cfg.size else SIZES, LAMBDAS):
         edit = fit(model, train, order[:size], cfg.mode, lam, cfg.seed)
         found = strongest(model, tune, b, edit, cfg, run.T)
-        print(f"{size:>3}, lambda {lam:<4}  {shown(found[1]) if found else 'too dear'}", flush=True)
-        if found:
-            strength, e = found
-            left = e["rate"][0] if cfg.behavior else -e["rise"][0]
-            if left < least:
-                least, best = left, (scaled(edit, strength), e, lam)
+        if found is None:
+            print(f"{size:>3}, lambda {lam:<4}  too dear", flush=True)
+            continue
+        strength, e = found
+        print(f"{size:>3}, lambda {lam:<4}  {shown(e)}", flush=True)
+        left = e["rate"][0] if cfg.behavior else -e["rise"][0]
+        if best is None or left < best[0]:
+            best = left, scaled(edit, strength), e, lam
     if best is None:
         raise UserError(f"no edit at {cfg.price}% and {cfg.kl} nats; raise --price or --kl")
-    edit, e, lam = best
+    _, edit, e, lam = best
     weight = edit.w[0] if cfg.mode == "direction" else edit.g - 1
     for i in weight.abs().argsort(descending=True)[:10].tolist():
         logits = model.W[:run.tokenizer.n_vocab] @ model.prototypes[i]

@@ -85,18 +85,43 @@ def made_by(x):
     return ", ".join([str(x.get("machine", "a CPU")), *torch, *origin])
 
 
+def price(e):
+    """What a side of suppression.py costs, in words."""
+    if not e.get("reached", True):
+        gap = f"{e['rise'][0]:+.2f} nats" if "rate" not in e else f"rate x{e['rate'][0]:.2f}"
+        return f"not reached ({gap})"
+    parts = [f"{e['loss'][0]:+.2f}%"]
+    parts += [f"benign {e['benign'][0]:+.2f}%"] if "benign" in e else []
+    parts += [f"{e['kl'][0]:.4f} nats"] if "kl" in e else []
+    return ", ".join(parts)
+
+
+def add_suppression(r):
+    """Sources and expressions of both corpora, and how many of each are suppressed as was asked."""
+    r["sources"], r["expressions"] = {}, {}
+    counts = dict(far=0, sampled=0, expressions=0)
+    for name in ("suppression-pydoc", "suppression-books"):
+        for behavior, x in r.get(name, {}).get("studies", {}).items():
+            e = x["sides"]["edit"]
+            x["price"] = {side: price(v) for side, v in x["sides"].items()}
+            cheap = e["kl"][0] <= 0.02 if "kl" in e else True
+            if "retrained" in x["sides"]:
+                r["sources"][behavior] = x
+                far = e["rise"][0] >= x["sides"]["retrained"]["rise"][0]
+                counts["far"] += far and cheap and e["loss"][0] <= 0.3
+                before, after = x["sampled"]["own"]
+                counts["sampled"] += after <= 0.1 * before
+            else:
+                r["expressions"][behavior] = x
+                dear = max(e["loss"][0], e.get("benign", [0])[0])
+                counts["expressions"] += cheap and dear <= 0.5 and e["rate"][0] <= 0.1
+    r["suppressed"] = counts | {"of": len(r["sources"]), "of_expressions": len(r["expressions"])}
+
+
 def add_derived(r):
     """Adds figures that follow from those in the files to the results r."""
     r["made"] = {name: made_by(x) for name, x in r.items()}
-    studies = {name: x for name, x in r.items() if name.startswith("suppression-")}
-    enough = 0
-    for x in studies.values():
-        rates = {side: v["matches_per_1000"][0] for side, v in x["sides"].items()}
-        x["cut"] = rates["gains"] / max(rates["before"], 1e-9) - 1
-        x["controls"] = [rate for side, rate in rates.items() if side.startswith("control")]
-        enough += x["cut"] <= -0.9 and x["sides"]["gains"]["loss_percent"][0] < 0.5
-    r["suppression"] = studies
-    r["suppressed"] = {"count": enough, "of": len(studies)}
+    add_suppression(r)
     for x in r.get("twin", {}).get("sizes", {}).values():
         x["loss"] = x["PRISM"]["val_ce"] / x["dense"]["val_ce"] - 1
         x["points"] = 100 * (x["PRISM"]["accuracy"] - x["dense"]["accuracy"])

@@ -229,7 +229,8 @@ def gains_file(tmp_path):
 
 
 def direction(**changes):
-    return dict(ids=[2, 0], weights=[0.5, -3], threshold=0.25, direction=[1, 2, 3, 4, 5, 6]) | changes
+    good = dict(ids=[2, 0], weights=[0.5, -3], threshold=0.25, direction=[1, 2, 3, 4, 5, 6])
+    return good | changes
 
 
 def test_gains_files_compose(gains_file):
@@ -241,8 +242,8 @@ def test_gains_files_compose(gains_file):
     assert edit.w.shape == (1, 5) and edit.c.shape == (1,) and edit.u.shape == (1, 6)
     assert not any(part.any() for part in edit[1:])
     one = write("b.json", ids=[4, 0], gains=[-2, 3], directions=[direction()])
-    two = write("c.json", ids=[], gains=[], directions=[direction(ids=[3], weights=[1]),
-                                                        direction(ids=[], weights=[])])
+    always, never = direction(ids=[3], weights=[1], threshold=-1), direction(ids=[], weights=[])
+    two = write("c.json", ids=[], gains=[], directions=[always, never])
     edit = load_gains(one, model)
     assert edit.g.tolist() == [3, 1, 1, 1, -2]
     assert edit.w[1].tolist() == [-3, 0, 0.5, 0, 0]

@@ -602,7 +602,7 @@ def test_a_sweep_that_makes_no_sense_is_said_to_and_harms_nothing(page):
     rows = sweep_rows("rate", "loss")
     data["gains"] = [good, good | dict(rows=[3]), good | dict(rows=3), good | dict(rows=[]),
                      good | dict(price={}), good | dict(before=3), good | dict(name=3),
-                     good | dict(rows=rows[:1]), good | dict(detectors=3),
+                     good | dict(rows=rows[:1]), good | dict(detectors=[3]),
                      good | dict(rows=[*rows, dict(strength=3, edit={}, control={})]),
                      good | dict(rows=[rows[1] | dict(control=dict(rate="1", loss=[1, 1, 1]))]),
                      5, None]
@@ -622,7 +622,7 @@ def test_a_sweep_is_drawn_against_each_price_with_what_detects(page):
           .map(e => e.textContent.replace(/.*(loss of|benign|KL|rate|rise).*/, '$1'))]))""")
     # two lines of three strengths and none; one mark on strength 1; an interval each way
     assert plots == [[[2, 12, 10, [price, "rate"]] for price in ("loss of", "benign", "KL")],
-                     [[2, 12, 10, [price, "loss"]] for price in ("loss of", "KL")]]
+                     [[2, 12, 10, [price, "rise"]] for price in ("loss of", "KL")]]
     table = b.js("""[...document.querySelectorAll('#gains tbody')].map(body =>
       [...body.rows].map(row => [...row.cells].slice(1).map(cell => cell.textContent)))""")
     prices = ["0.5 [0.45, 0.6]", "0.125 [0.113, 0.15]"]

@@ -36,7 +36,7 @@ import suppress  # noqa: E402
 from common import Run, load_checkpoint, load_documents, load_gains  # noqa: E402
 from common import parse_config, run_main  # noqa: E402
 from prism import UserError  # noqa: E402
-from suppress import descend, edited, effect, measure, rank_prototypes  # noqa: E402
+from suppress import descend, edited, effect, measure  # noqa: E402
 
 EXPRESSIONS = {"pydoc": (">>>", "(?i)deprecat", "(?i)thread|process"),
                "books": (r"(?<!\w)'|'(?!\w)", "!", r"(?i)\b(sea|ship|boat|whale)s?\b")}
@@ -48,7 +48,7 @@ class SuppressionConfig:
     corpus: str = "pydoc"      # pydoc or books
     out_dir: str = ""          # the run; empty: out for pydoc, out-books for the books
     only: str = ""             # one source or expression; empty: all six
-    size: int = 0              # prototypes that may detect, as of suppress.py find
+    size: int = 256            # prototypes that may detect
     tokens: int = 200000       # training tokens to learn from
     texts: int = TEXTS         # continuations per side
     finetune: int = 60         # steps of the finetuning rival; 0 leaves it out
@@ -112,7 +112,7 @@ def reached(e, is_text):
 def at_equal_effect(model, s, b, before, change, goal, T, is_text):
     """Bisection from 1/16 to 16 -> effect at the least strength that reaches the goal, or at most"""
     low, high, best = -4.0, 4.0, None
-    for _ in range(7):
+    for _ in range(6):
         middle = (low + high) / 2
         x = 2 ** middle
         e = effect(s, b, before, measure(model, s, b, lambda some: change(some, x)), T)
