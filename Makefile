@@ -16,8 +16,8 @@ demo: .venv/ready
 	@$(RUN) attribute.py index
 	@echo "5 of 8: which training text makes ' bytes' more likely there, and which less? (seconds)"
 	@$(RUN) attribute.py query --prompt="Return the number of" --target=" bytes" --top=3
-	@echo "6 of 8: which prototypes carry '>>>', and what if they are turned down? (20 seconds)"
-	@$(RUN) suppress.py find --behavior='>>>' --name=examples --mode=fit --tokens=60000
+	@echo "6 of 8: which prototypes detect '>>>', and what if a direction acts on it? (1 minute)"
+	@$(RUN) suppress.py find --behavior='>>>' --name=examples --size=64 --tokens=60000
 	@$(RUN) suppress.py apply --gains=out/gains/examples.json --prompt=">>> import"
 	@echo "7 of 8: all of it on one page (40 seconds)"
 	@$(RUN) report.py --prompt="Return the number of"

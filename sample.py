@@ -3,7 +3,7 @@
     python sample.py --prompt="Return the number of"
     python sample.py --prompt="Return the number of" --explain
 
-The ledger of a token y:  logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i>, residual + slices.
+The ledger of a token y:  logit_t = <W_y, r_t> + sum_i g_i a_ti <W_y, p_i> + edits.
 The largest slices stand under it; under those of the last token, the largest parts of the gate."""
 import codecs
 import json
@@ -112,11 +112,13 @@ def explain(run, ids, gains):
     e = run.model.explain(idx, targets, gains)
     protos, gates, logit = e.prototypes[0], e.gates[0], e.logit[0]
     slices, residual = e.contributions[0], e.residual[0]          # (T, k), (T,)
-    total = slices.sum(1)
+    total = slices.sum(1) + e.edits[0]
     parts, _ = gate_ledger(run.model, idx[0], protos[-1])
     print("           token     logit =  residual +    slices")
     for t, y in enumerate(targets[0]):
         print(f"{run.decode([y])!r:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}")
+        if gains is not None:
+            print(f"{e.edits[0, t]:+38.3f}  directions of the gains file")
         largest = slices[t].abs().argsort(descending=True)[:3]
         for j in largest[gates[t, largest] > 0]:
             label = plain(str(labels.get(str(protos[t, j].item()), "")))
@@ -124,11 +126,10 @@ def explain(run, ids, gains):
             for name, part, read in largest_parts(parts, j) if t == len(ids) - 1 else ():
                 words = [f"{run.decode([ids[s]])!r} {amount:+.3f}" for s, amount in read]
                 print(f"{name:>48} {part:+.3f}", "reads" if read else "", *words)
-    error = (residual + total - logit).abs().max()
-    print(f"the last token is the likeliest; largest |residual + slices - logit|: {error:.1e}")
     cosine = sum(part.sum(1) for part in parts.values())
-    error = (cosine.relu() - gates[-1]).abs().max()
-    print(f"under its prototypes, parts of the gate; largest |sum of parts - gate|: {error:.1e}")
+    errors = [(residual + total - logit).abs().max(), (cosine.relu() - gates[-1]).abs().max()]
+    print("the last token is the likeliest; under its prototypes stand the parts of their gates")
+    print(f"largest |residual + slices - logit|: {errors[0]:.1e}, |parts - gate|: {errors[1]:.1e}")
 
 
 def main(argv):

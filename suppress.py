@@ -193,7 +193,8 @@ def draw_windows(text, T, n, balanced, seed, part=slice(None)):
     if balanced:
         place = windows[:, None] * T + 1 + torch.arange(T)
         has = text.target.cpu()[place].any(1)
-        windows = torch.cat((windows[has][:n // 2], windows[~has]))
+        with_targets = windows[has][:n // 2]
+        windows = torch.cat((with_targets, windows[~has]))
     return windows[:n]
 
 
@@ -208,13 +209,16 @@ def behavior_states(run, cfg):
     b = torch.zeros(run.model.config.vocab_size, device=run.device)
     if cfg.behavior:                                              # b_v = targets / occurrences of v
         count = torch.bincount(text.tokens, minlength=len(b))
-        b = torch.bincount(text.tokens[text.target], minlength=len(b)) / count.clamp(min=1)
+        begins = torch.bincount(text.tokens[text.target], minlength=len(b))
+        b = begins / count.clamp(min=1)
     is_text = not cfg.behavior
-    drawn = draw_windows(text, run.T, max(2, cfg.tokens // run.T), True, cfg.seed)
+    n = max(2, cfg.tokens // run.T)
+    drawn = draw_windows(text, run.T, n, True, cfg.seed)
     train = load_states(run, text, drawn)
-    even = draw_windows(val, run.T, 128, is_text, cfg.seed, slice(0, None, 2))
+    even = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(0, None, 2))
     odd = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(1, None, 2))
-    tune, test = load_states(run, val, even), load_states(run, val, odd)
+    tune = load_states(run, val, even)
+    test = load_states(run, val, odd)
     found = [int(s.target.sum()) for s in (train, tune, test)]
     if found[0] < LEAST or min(found) < 1 or train.target.all():
         raise UserError(f"too little text: {found[0]} targets in training text and {found[1:]} in "
@@ -231,7 +235,10 @@ def scaled(edit, strength):
 def edited(model, edit, strength=1.0):
     """-> function of States: logits (N, V) with an Edit, gains and directions times a strength"""
     edit = scaled(edit, strength)
-    return lambda s: edit.apply(s.z, s.ids, s.gates, model.prototypes) @ model.W.T
+
+    def change(s):
+        return edit.apply(s.z, s.ids, s.gates, model.prototypes) @ model.W.T
+    return change
 
 
 @torch.no_grad()
@@ -289,7 +296,8 @@ def shown(e):
 def mean_gates(s, keep, M, power=1):
     """-> (M,) mean over the tokens `keep` of a_ti ** power"""
     sums = s.z.new_zeros(M)
-    sums.index_add_(0, s.ids[keep].flatten(), s.gates[keep].flatten() ** power)
+    values = s.gates[keep].flatten() ** power
+    sums.index_add_(0, s.ids[keep].flatten(), values)
     return sums / keep.sum()
 
 
@@ -308,7 +316,8 @@ def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
     with the sums over targets, a quarter of each batch; pi' = softmax(change(States))."""
     optimizer = torch.optim.Adam(groups)
     rng = torch.Generator().manual_seed(seed)
-    targets, others = s.target.nonzero()[:, 0], (~s.target).nonzero()[:, 0]
+    targets = s.target.nonzero()[:, 0]
+    others = (~s.target).nonzero()[:, 0]
     n = batch // 4
     for step in range(steps):
         drawn = torch.randint(len(targets), (n,), generator=rng)
@@ -318,7 +327,8 @@ def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
         after = change(some).log_softmax(1)
         kl = (before.exp() * (before - after)).sum(1)[n:]
         y = some.y[:n, None]
-        share = after[:n].gather(1, y).exp().sum() / before[:n].gather(1, y).exp().sum()
+        left = after[:n].gather(1, y).exp().sum()
+        share = left / before[:n].gather(1, y).exp().sum()
         optimizer.zero_grad()
         (kl.mean() + lam * share).backward()
         optimizer.step()
@@ -331,7 +341,8 @@ def fit(model, s, ids, mode, lam, seed=0):
     on, off = mean_gates(s, s.target, M)[ids], mean_gates(s, ~s.target, M)[ids]
     w = (on - off) / ((on - off) @ on)                            # w.a = 1 at the mean target
     c = (w @ off)[None]                                           # relu(w.a - c) = 0 elsewhere
-    u = F.normalize(s.z[~s.target].mean(0) - s.z[s.target].mean(0), dim=0)
+    away = s.z[~s.target].mean(0) - s.z[s.target].mean(0)
+    u = F.normalize(away, dim=0)
     theta = torch.zeros_like(w)                                   # g - 1
     if mode == "gains":
         u = torch.zeros_like(u)
@@ -345,7 +356,10 @@ def fit(model, s, ids, mode, lam, seed=0):
     def edit():
         g = 1 + zeros.index_add(0, ids, theta)
         return Edit(g, zeros.index_add(0, ids, w)[None], c, u[None])
-    descend(model, s, lambda some: edited(model, edit())(some), groups, lam, seed)
+
+    def change(some):
+        return edited(model, edit())(some)
+    descend(model, s, change, groups, lam, seed)
     return Edit(*(part.detach() for part in edit()))
 
 
@@ -355,7 +369,8 @@ def strongest(model, s, b, edit, cfg, T):
     low, high, found = -3.0, 3.0, None
     for _ in range(6):
         middle = (low + high) / 2
-        e = effect(s, b, before, measure(model, s, b, edited(model, edit, 2 ** middle)), T)
+        after = measure(model, s, b, edited(model, edit, 2 ** middle))
+        e = effect(s, b, before, after, T)
         price = max(e[name][2] for name in ("loss", "benign") if name in e)
         kl = e["kl"][2] if "kl" in e else 0.0                     # upper ends of the intervals
         if price <= cfg.price and kl <= cfg.kl:
@@ -368,6 +383,7 @@ def strongest(model, s, b, edit, cfg, T):
 def write_edit(path, run, edit, **facts):
     """A file that common.load_gains reads. The sweep of an older file of this name goes."""
     ids = (edit.g != 1).nonzero()[:, 0].tolist()
+    gains = edit.g[ids].tolist()
     directions = []
     for w, c, u in zip(edit.w, edit.c.tolist(), edit.u):
         named = w.nonzero()[:, 0].tolist()
@@ -377,8 +393,8 @@ def write_edit(path, run, edit, **facts):
                                "threshold": c,
                                "direction": u.tolist()})
     path.with_suffix(".sweep.json").unlink(missing_ok=True)
-    write_json(path, dict(checkpoint=run.hash, **facts, ids=ids, gains=edit.g[ids].tolist(),
-                          directions=directions))
+    made = dict(checkpoint=run.hash, **facts)
+    write_json(path, made | dict(ids=ids, gains=gains, directions=directions))
 
 
 def find(argv):
@@ -444,7 +460,8 @@ def samples(run, idx, behavior, max_new_tokens, temperature, seed, gains=None):
     result = []
     for row in rows.tolist():
         _, onset = marks(row, pattern, pieces)
-        result.append((int(onset[idx.size(1):].sum()), run.decode(row)))
+        matches = int(onset[idx.size(1):].sum())
+        result.append((matches, run.decode(row)))
     return result
 
 
@@ -494,7 +511,8 @@ def sweep(argv):
     idx = beginnings(run, 64, cfg.seed)
     options = found.behavior, 100, 1.0, cfg.seed
     pairs = zip(samples(run, idx, *options), samples(run, idx, *options, edit))
-    before, after = zip(*sorted(pairs, reverse=True)[:4])
+    most = sorted(pairs, reverse=True)[:4]
+    before, after = zip(*most)
     path = Path(cfg.gains).with_suffix(".sweep.json")
     name = found.behavior or found.source or found.texts
     write_json(path, dict(behavior=name, checkpoint=run.hash, price=found.price, kl=found.kl,

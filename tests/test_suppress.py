@@ -368,9 +368,9 @@ def test_the_strongest_edit_at_the_price(run, cat):
     def effect_at(strength):
         return effect(tune, b, before, measured(model, tune, b, edit, strength), T)
 
-    def too_dear(e, cfg):
-        price = max(e[name][0] for name in ("loss", "benign") if name in e)
-        return price > cfg.price or e["kl"][0] > cfg.kl
+    def too_dear(e, cfg):                                         # by the intervals' upper ends
+        price = max(e[name][2] for name in ("loss", "benign") if name in e)
+        return price > cfg.price or e["kl"][2] > cfg.kl
     for cfg in (FindConfig(price=1.0, kl=99), FindConfig(price=999, kl=0.001)):
         strength, e = suppress.strongest(model, tune, b, edit, cfg, T)
         assert 1 / 8 < strength < 4
