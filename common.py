@@ -161,7 +161,7 @@ def placed(ids, values, size, rest):
 def load_gains(path, model):
     """A file {"checkpoint", "ids", "gains", "directions"} -> Edit; gains are 1 where unnamed. Of
     "one.json,two.json" gains multiply, directions add. UserError for another checkpoint's file."""
-    M, d = model.prototypes.shape
+    M, d = model.config.n_proto, model.config.n_embd
     g, w, c, u = torch.ones(M), [torch.zeros(M)], [torch.zeros(1)], [torch.zeros(d)]
     for name in str(path).split(","):
         with reading(f"gains file '{name}'", "python suppress.py find writes one"):

@@ -242,7 +242,7 @@ class PRISM(nn.Module):
         """Gains (M,) or an Edit -> an Edit; gains have one direction, zero."""
         if isinstance(gains, Edit):
             return gains
-        M, d = self.prototypes.shape
+        M, d = self.config.n_proto, self.config.n_embd
         if gains.shape != (M,):
             raise UserError(f"{tuple(gains.shape)} gains, but n_proto = {M}")
         zero = self.W.new_zeros
@@ -252,8 +252,9 @@ class PRISM(nn.Module):
         """z (..., d), gains (M,), an Edit or None -> the states (..., d) that W reads."""
         if gains is None:
             return z
+        edit = self.edit(gains)
         m, flat = self.mixture(z), z.reshape(-1, z.size(-1))
-        return self.edit(gains).apply(flat, m.ids, m.gates, self.prototypes).view_as(z)
+        return edit.apply(flat, m.ids, m.gates, self.prototypes).view_as(z)
 
     def logits(self, z, gains=None):
         """z (..., d), gains (M,) or None -> (..., V): logits_t = W (r_t + sum_i g_i a_ti p_i)."""

@@ -110,26 +110,25 @@ def explain(run, ids, gains):
     idx, labels = torch.tensor([ids], device=run.device), load_labels(run)
     targets = run.model.generate(idx, 1, 0, gains=gains, n_vocab=run.tokenizer.n_vocab)[:, 1:]
     e = run.model.explain(idx, targets, gains)
-    protos, gates, logit = e.prototypes[0], e.gates[0], e.logit[0]
-    slices, residual = e.contributions[0], e.residual[0]          # (T, k), (T,)
-    total = slices.sum(1) + e.edits[0]
+    _, logit, protos, gates, slices, residual, edits = (u[0] for u in e)
+    total = slices.sum(1) + edits                                 # (T,)
     parts, _ = gate_ledger(run.model, idx[0], protos[-1])
     print("           token     logit =  residual +    slices")
     for t, y in enumerate(targets[0]):
         print(f"{run.decode([y])!r:>16} {logit[t]:9.4f} = {residual[t]:9.4f} + {total[t]:9.4f}")
         if gains is not None:
-            print(f"{e.edits[0, t]:+38.3f}  directions of the gains file")
+            print(f"{edits[t]:+38.3f}  directions")
         largest = slices[t].abs().argsort(descending=True)[:3]
         for j in largest[gates[t, largest] > 0]:
-            label = plain(str(labels.get(str(protos[t, j].item()), "")))
+            label = plain(str(labels.get(str(int(protos[t, j])), "")))
             print(f"{slices[t, j]:+38.3f}  #{protos[t, j]} ({gates[t, j]:.2f}) {label}")
             for name, part, read in largest_parts(parts, j) if t == len(ids) - 1 else ():
                 words = [f"{run.decode([ids[s]])!r} {amount:+.3f}" for s, amount in read]
                 print(f"{name:>48} {part:+.3f}", "reads" if read else "", *words)
     cosine = sum(part.sum(1) for part in parts.values())
-    errors = [(residual + total - logit).abs().max(), (cosine.relu() - gates[-1]).abs().max()]
     print("the last token is the likeliest; under its prototypes stand the parts of their gates")
-    print(f"largest |residual + slices - logit|: {errors[0]:.1e}, |parts - gate|: {errors[1]:.1e}")
+    error, gap = (residual + total - logit).abs().max(), (cosine.relu() - gates[-1]).abs().max()
+    print(f"largest |residual + slices - logit|: {error:.1e}, |sum of parts - gate|: {gap:.1e}")
 
 
 def main(argv):

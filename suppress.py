@@ -215,15 +215,18 @@ def behavior_states(run, cfg):
     n = max(2, cfg.tokens // run.T)
     drawn = draw_windows(text, run.T, n, True, cfg.seed)
     train = load_states(run, text, drawn)
-    even = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(0, None, 2))
-    odd = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(1, None, 2))
+    halves = slice(0, None, 2), slice(1, None, 2)
+    even = draw_windows(val, run.T, 256, is_text, cfg.seed, halves[0])
+    odd = draw_windows(val, run.T, 256, is_text, cfg.seed, halves[1])
     tune = load_states(run, val, even)
     test = load_states(run, val, odd)
     found = [int(s.target.sum()) for s in (train, tune, test)]
-    if found[0] < LEAST or min(found) < 1 or train.target.all():
+    least = LEAST if is_text else 1
+    free = min(int(s.free.sum()) for s in (train, tune, test))
+    if found[0] < LEAST or min(found) < least or free < LEAST:
         raise UserError(f"too little text: {found[0]} targets in training text and {found[1:]} in "
-                        f"the halves of the held-out text, expected {LEAST} and one each, and text "
-                        "without; take a less rare behavior, or raise --tokens")
+                        f"the halves of the held-out text, expected {LEAST} and {least} each, and "
+                        f"{LEAST} tokens without; take a less rare behavior, or raise --tokens")
     return b, train, tune, test
 
 
@@ -305,7 +308,7 @@ def rank_prototypes(s, M):
     """States -> (M,) how well each detects: (mean a at targets - elsewhere) / standard deviation"""
     on, off = mean_gates(s, s.target, M), mean_gates(s, ~s.target, M)
     square = mean_gates(s, s.target, M, 2) + mean_gates(s, ~s.target, M, 2)
-    return (on - off) / (square - on ** 2 - off ** 2 + 1e-6).sqrt()
+    return (on - off) / (square - on ** 2 - off ** 2).clamp(min=1e-6).sqrt()
 
 
 def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
@@ -339,7 +342,7 @@ def fit(model, s, ids, mode, lam, seed=0):
     M = len(model.prototypes)
     zeros = torch.zeros_like(model.prototypes[:, 0])
     on, off = mean_gates(s, s.target, M)[ids], mean_gates(s, ~s.target, M)[ids]
-    w = (on - off) / ((on - off) @ on)                            # w.a = 1 at the mean target
+    w = (on - off) / ((on - off) @ on + 1e-9)                          # w.a = 1 at the mean target
     c = (w @ off)[None]                                           # relu(w.a - c) = 0 elsewhere
     away = s.z[~s.target].mean(0) - s.z[s.target].mean(0)
     u = F.normalize(away, dim=0)
@@ -402,8 +405,8 @@ def find(argv):
     run = Run(cfg.out_dir, cfg.device)
     model = run.model
     M = model.config.n_proto
-    if cfg.mode not in ("direction", "gains"):
-        raise UserError(f"mode={cfg.mode}, expected direction or gains")
+    if cfg.mode not in ("direction", "gains") or cfg.size < 0:
+        raise UserError(f"mode={cfg.mode}, size={cfg.size}; expected direction or gains, 0 or more")
     b, train, tune, _ = behavior_states(run, cfg)
     print(f"{train.target.sum():,} targets in {len(train.y):,} training tokens")
     order = rank_prototypes(train, M).argsort(descending=True)
@@ -437,7 +440,8 @@ def read_facts(path):
     """A gains file of find -> its FindConfig, and lambda."""
     with reading(f"gains file '{path}'", "expected one file that suppress.py find wrote"):
         facts = json.loads(Path(path).read_text("utf-8"))
-        return FindConfig(**facts["find"]), float(facts["lam"])
+        words = [f"--{key}={value}" for key, value in facts["find"].items()]
+        return parse_config(FindConfig, words), float(facts["lam"])
 
 
 def beginnings(run, n, seed):
@@ -493,9 +497,11 @@ def sweep(argv):
     found, lam = read_facts(cfg.gains)
     b, train, _, test = behavior_states(run, found)
     # teacher-forced, by strength; the control is fitted on as many other prototypes
-    n = int((edit.w.any(0) | (edit.g != 1)).sum())
+    used = edit.w.any(0) | (edit.g != 1)
+    spare = (~used).nonzero()[:, 0]
     rng = torch.Generator().manual_seed(cfg.seed)
-    others = torch.randperm(len(model.prototypes), generator=rng)[:n].to(run.device)
+    drawn = torch.randperm(len(spare), generator=rng)[:used.sum().item()]
+    others = spare[drawn]
     control = fit(model, train, others, found.mode, lam, cfg.seed)
     before = measure(model, test, b)
     rows = []

@@ -28,6 +28,7 @@ RUNS = [  # a script with its options, and the options of its quick run ("": the
     ("quality/twin.py",
      f"--sizes=48,96 --items=20 --options='--n_layer=1 --max_iters=60' --work={Q}/twin"),
     ("quality/grounding.py", f"{RUN} --work={Q}/grounding"),
+    ("quality/ledger.py", f"{RUN} --gates=20"),
     ("speed/throughput.py --device=cpu", "--device=cpu --rounds=2 --steps=2"),
     ("speed/attribution_speed.py", f"{RUN} --rounds=1"),
     ("attribution/refit.py", f"{RUN} --documents=2 --tokens=8192 --queries=32"),
@@ -36,13 +37,18 @@ RUNS = [  # a script with its options, and the options of its quick run ("": the
      f"--full=0 --methods=block,gradient,cosine --train='{TINY}' --work={Q}/lds"),
     ("attribution/lds.py --dataset=books512 --full=0 --work=out-lds-books "
      "--out=experiments/results/lds-books.json", ""),
+    ("attribution/tokens.py", ""),
     ("attribution/ekfac.py", f"{RUN} --queries=2 --methods=block,gradient,cosine --work={Q}/ekfac"),
     ("attribution/curvature.py", f"{RUN} --loose={Q}/loose --tokens=4096"),
     ("attribution/planted.py",
      f"--models=1 --plantings=2 --documents=40 --train='{TINY}' --work={Q}/planted"),
-    ("interventions/suppression.py",
-     f"{RUN} --only=examples --behavior=the --price=1000 --prompts=8 --max_new_tokens=20 "
-     f"--steps=20 --tokens=4096 --out={Q}"),
+    ("interventions/suppression.py --corpus=pydoc",
+     f"{RUN} --corpus=pydoc --price=1000 --texts=8 --finetune=2 --size=16 --tokens=4096 "
+     f"--only=tkinter --train='{TINY}' --work={Q}/without"),
+    ("interventions/suppression.py --corpus=books", ""),
+    ("interventions/forget.py", ""),
+    ("interventions/forget.py --out_dir=out-books "
+     "--texts=melville-moby_dick,edgeworth-parents,austen-emma", ""),
     ("interventions/controllers.py", f"{RUN} --items=200 --test_items=100"),
     ("interventions/controllers.py --out_dir=out-books", ""),
     ("neighbours/logit_rank.py",

@@ -122,6 +122,8 @@ def add_derived(r):
     """Adds figures that follow from those in the files to the results r."""
     r["made"] = {name: made_by(x) for name, x in r.items()}
     add_suppression(r)
+    rows = r.get("forget", {}).items()
+    r["forgotten"] = {n.split(": ")[1]: x for n, x in rows if ": " in n}
     for x in r.get("twin", {}).get("sizes", {}).values():
         x["loss"] = x["PRISM"]["val_ce"] / x["dense"]["val_ce"] - 1
         x["points"] = 100 * (x["PRISM"]["accuracy"] - x["dense"]["accuracy"])

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import atomic, load_dataset, reading, write_json  # noqa: E402
 from prism import UserError  # noqa: E402
+from suppress import interval  # noqa: E402, F401
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#999999"
 
@@ -60,7 +61,7 @@ def write_dataset(folder, source, documents):
 
 
 def trained_on(run, keep, work, seed, options):
-    """Trains a run in the folder `work` on the documents keep (D,) of run's training text -> Path"""
+    """Trains in the folder `work` on the documents keep (D,) of a run's training text -> Path"""
     name = hashlib.sha256(np.packbits(keep).tobytes()).hexdigest()[:10]
     folder = Path(work) / f"{name}-{seed}"
     if not (folder / "data/meta.json").exists():
@@ -97,14 +98,6 @@ def spearman(a, b):
     a, b = (np.argsort(np.argsort(x, axis=0), axis=0).astype(float) for x in (a, b))
     a, b = a - a.mean(0), b - b.mean(0)
     return (a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))
-
-
-def interval(numerator, denominator, seed=0, draws=1000):
-    """Two arrays (n,) -> the ratio of their sums, and its 95% interval by bootstrap of the units"""
-    drawn = np.random.default_rng(seed).integers(0, len(numerator), (draws, len(numerator)))
-    ratios = numerator[drawn].sum(1) / denominator[drawn].sum(1)
-    low, high = np.quantile(ratios, [0.025, 0.975]).tolist()
-    return float(numerator.sum() / denominator.sum()), low, high
 
 
 def number_list(name, text, kind=int):

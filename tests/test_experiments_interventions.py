@@ -1,5 +1,4 @@
 """Suppression, controllers and the harness in their smallest form, and their mathematics."""
-import copy
 import json
 import os
 import subprocess
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import tiny, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +20,7 @@ import train  # noqa: E402
 from common import Run, UserError, load_gains  # noqa: E402
 from interventions import cloze, controllers, harness, suppression  # noqa: E402
 from interventions.controllers import Scored, choice_scores  # noqa: E402
-from suppress import States, measure  # noqa: E402
+from suppress import States  # noqa: E402
 
 
 def document(words, rng):
@@ -258,70 +256,53 @@ def test_interval_of_equal_units_is_a_point_and_shrinks_with_more():
     assert low < mean < high and high - low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.2)
 
 
-def test_the_interval_of_the_loss_is_around_its_rise(run):
-    trained = Run(run, "cpu")
-    w, _, _, test = suppression.suppress.behavior_states(trained, "a", 1500, 0)
-    before = measure(trained.model, test, w)
-    after = measure(trained.model, test, w, torch.rand(24))
-    mean, low, high = suppression.loss_interval(test, before, after, trained.T)
-    rise, _ = suppression.suppress.effect(test, before, after)
-    assert mean == pytest.approx(rise, abs=1e-3) and low < mean < high
+def test_suppression_of_a_source_and_an_expression_against_rivals(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(suppression, "EXPRESSIONS", {"pydoc": ("a",)})
+    tiny_run = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --n_proto=24 --top_k=3 "
+                "--batch_size=4 --total_batch_tokens=128 --max_iters=20 --eval_interval=20 "
+                "--device=cpu --dtype=float32")
+    words = [f"--out_dir={run}", "--tokens=1500", "--texts=4", "--finetune=2", "--size=8",
+             "--price=1000", f"--train={tiny_run}", f"--work={tmp_path}", f"--out={tmp_path}/s.json"]
+    monkeypatch.setattr(suppression.suppress.FindConfig, "kl", 1000.0)
+    monkeypatch.setattr(suppression, "NEW", 8)
+    suppression.main(words)
+    result = json.loads((tmp_path / "s.json").read_text())["studies"]
+    assert list(result) == ["source 0", "source 1", "a"]
+    sides = result["source 0"]["sides"]
+    assert set(sides) == {"edit", "random", "probe", "direction", "bias", "LEACE", "finetune",
+                          "retrained"}
+    assert sides["edit"]["rise"][0] > 0 and "rate" not in sides["edit"]
+    for name in ("random", "probe", "direction", "bias", "LEACE"):
+        reached = sides[name]["rise"][0] >= sides["edit"]["rise"][0]
+        assert sides[name]["reached"] == reached
+    assert {"edit", "retrained", "finetune"} == set(result["source 0"]["relearned"])
+    assert {"neutral", "own", "classifier"} == set(result["source 0"]["sampled"])
+    assert result["a"]["sides"]["ban"]["rate"][0] < 0.01 and result["a"]["sides"]["edit"]["rate"]
+    before = (tmp_path / "s.json").stat().st_mtime_ns
+    suppression.main(words)                                       # finds all of it done
+    assert (tmp_path / "s.json").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="corpus=tea, expected pydoc or books"):
+        suppression.main(["--corpus=tea"])
 
 
-def test_a_bias_is_measured_as_it_is_sampled():
-    model = tiny(n_proto=5, top_k=2).requires_grad_(False)
+def test_leace_leaves_no_difference_of_means_and_a_probe_starts_at_it():
     rng = torch.Generator().manual_seed(0)
-    z, w = torch.randn(9, 6, generator=rng).double(), torch.rand(11, generator=rng).double()
-    bias, y = torch.randn(11, generator=rng).double(), torch.randint(0, 11, (9,), generator=rng)
-    s = States(z, None, None, y, None, None)
-    logits = suppression.with_bias(model, bias).logits(z, None)
-    torch.testing.assert_close(logits, z @ model.W.T + bias)
-    loss, rate = suppression.measure_bias(model, s, w, bias)
-    torch.testing.assert_close(loss, F.cross_entropy(logits, y, reduction="none"))
-    torch.testing.assert_close(rate, logits.softmax(1) @ w)
-    assert torch.equal(model.logits(z), z @ model.W.T) and measure(model, s, w)[0].ne(loss).all()
+    target = torch.arange(40) < 15
+    z = torch.randn(40, 6, generator=rng) + 2.0 * target[:, None]
+    s = States(z, None, None, None, target, ~target, ~target)
+    model = SimpleNamespace(W=torch.eye(6))
+    change = suppression.leace(model, s)
+    erased = change(s)
+    gap = erased[target].mean(0) - erased[~target].mean(0)
+    assert gap.abs().max() < 1e-4 and (z[target].mean(0) - z[~target].mean(0)).abs().max() > 1
+    assert torch.equal(change(s, 0.0), z)
 
 
-def test_suppression_against_its_rivals(run, tmp_path):
-    words = [f"--out_dir={run}", "--only=a", "--behavior=a", "--price=1000", "--prompts=6",
-             "--max_new_tokens=20", "--steps=20", "--tokens=1500"]
-    suppression.main([*words, f"--out={tmp_path}/suppression-a.json"])
-    result = json.loads((tmp_path / "suppression-a.json").read_text())
-    sides = result["sides"]
-    assert list(sides) == ["before", "gains", "control 1", "control 2", "control 3", "ban", "bias",
-                           "finetune"]
-    assert result["behavior"] == "a" and result["found"]["by"] in ("shared", "fit")
-    file = json.loads((run / "gains/a.json").read_text())
-    assert result["found"]["prototypes"] == len(file["ids"])
-    assert sides["before"]["rate"] == 1 and sides["before"]["loss_percent"] == [0, 0, 0]
-    assert sides["gains"]["rate"] < 1 and sides["ban"]["rate"] < 0.01
-    assert sides["bias"]["rate"] == pytest.approx(sides["gains"]["rate"], rel=0.05)
-    assert sides["ban"]["matches_per_1000"] == [0, 0, 0] and sides["ban"]["impossible_percent"] == 0
-    assert sides["before"]["matches_per_1000"][0] > 0
-    with pytest.raises(UserError, match="only=b, expected examples, deprecated"):
-        suppression.main(["--only=b"])
-
-
-def test_finetuning_stops_at_the_rate_and_reads_no_window_with_the_behavior(run, monkeypatch):
-    trained = Run(run, "cpu")
-    pattern = suppression.suppress.compile_pattern("a")
-    w = suppression.suppress.behavior_states(trained, "a", 1500, 0)[0]
-    cfg = suppression.SuppressionConfig(steps=40)
-    model, after, steps = suppression.finetune(cfg, trained, pattern, w, 1e9)
-    assert steps == 0 and torch.equal(model.W, trained.model.W)
-    plain, seen = copy.deepcopy(trained.model), []
-    forward = type(plain).forward
-
-    def watch(self, idx, targets=None, *rest):
-        seen.append(idx)
-        return forward(self, idx, targets, *rest)
-    monkeypatch.setattr(type(plain), "forward", watch)
-    rate = after[1].mean().item()
-    rare = suppression.suppress.compile_pattern(trained.decode(trained.train[3:9]))
-    model, after, steps = suppression.finetune(cfg, trained, rare, w, 0.0)
-    assert steps == 40 and len(seen) == 40 and after[1].mean().item() != rate
-    assert not any(rare.search(trained.decode(row)) for idx in seen for row in idx)
-    assert torch.equal(plain.W, trained.model.W)  # the run's own model stays
+def test_bayes_gives_text_to_the_source_whose_tokens_it_has():
+    tokens = torch.tensor([1, 1, 2, 3, 3, 2])
+    target = torch.tensor([True, True, True, False, False, False])
+    odds = suppression.bayes(SimpleNamespace(tokens=tokens, target=target), 5)
+    assert odds[1] > 0 > odds[3] and odds[2] == odds[0] == odds[4] == 0
 
 
 # ------------------------------------------- the harness
@@ -335,7 +316,7 @@ def ask(lm, pairs):
 def test_answers_are_scored_as_the_model_does(run):
     trained = Run(run, "cpu")
     path, gains = run / "gains/h.json", torch.linspace(-4, 4, 24).round(decimals=4)
-    suppression.suppress.write_gains(path, trained, gains)
+    suppression.suppress.write_edit(path, trained, trained.model.edit(gains))
     pairs = [(" abcde", " f"), (" " + "abcde " * 9, "fghij"), ("a", "b")]
     for file, g in (("", None), (str(path), gains)):
         lm = harness.PrismLM(str(run), file, "cpu")
@@ -371,7 +352,8 @@ def test_the_package_finds_the_accuracy_of_our_own_scores(run, tmp_path):
         'doc_to_text: "{{context}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{label}}"\n'
         'target_delimiter: ""\nmetric_list:\n  - {metric: acc}\n')
     trained = Run(run, "cpu")
-    suppression.suppress.write_gains(run / "gains/p.json", trained, torch.linspace(-4, 4, 24))
+    edit = trained.model.edit(torch.linspace(-4, 4, 24))
+    suppression.suppress.write_edit(run / "gains/p.json", trained, edit)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     script = ROOT / "experiments/interventions/harness.py"
     done = subprocess.run([sys.executable, str(script), f"--out_dir={run}", "--tasks=mine",

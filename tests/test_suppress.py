@@ -305,7 +305,7 @@ def objective(model, s, lam, edit):
     kl = (before.exp() * (before - after)).sum(1)[~s.target].mean()
     y = s.y[s.target, None]
     share = after[s.target].gather(1, y).exp().sum() / before[s.target].gather(1, y).exp().sum()
-    return (kl + lam * share).item()
+    return kl + lam * share
 
 
 @pytest.mark.parametrize("mode", ["direction", "gains"])
@@ -315,15 +315,15 @@ def test_fit_goes_down_its_objective_with_the_given_prototypes(model, mode, monk
     for steps in (0, 30, 120):
         monkeypatch.setattr(suppress, "descend", partial(descend, steps=steps))
         edit = fit(model, s, ids, mode, 0.3)
-        values.append(objective(model, s, 0.3, edit))
+        values.append(objective(model, s, 0.3, edit).item())
     assert values[0] - 0.01 > values[1] > values[2]
     assert values[2] < 0.3 - 0.01                                 # that of no edit
     twice = fit(model, s, ids, mode, 0.3)
     assert all(torch.equal(x, y) for x, y in zip(twice, edit))
     # lambda trades effect for price
     strong = fit(model, s, ids, mode, 3.0)
-    zero, one = (objective(model, s, lam, edit) for lam in (0, 1))
-    zero_strong, one_strong = (objective(model, s, lam, strong) for lam in (0, 1))
+    zero, one = (objective(model, s, lam, edit).item() for lam in (0, 1))
+    zero_strong, one_strong = (objective(model, s, lam, strong).item() for lam in (0, 1))
     assert zero < zero_strong and one - zero > one_strong - zero_strong
     # only these prototypes detect, only these change
     others = torch.ones(12, dtype=torch.bool)
@@ -335,6 +335,20 @@ def test_fit_goes_down_its_objective_with_the_given_prototypes(model, mode, monk
     assert edit.u.any() == (mode == "direction") and (edit.g == 1).all() == (mode == "direction")
     gates = torch.where(others[s.ids], 0.7, s.gates)              # what else fires is no matter
     assert torch.equal(edit.fire(s.ids, gates), edit.fire(s.ids, s.gates))
+
+
+def test_a_step_goes_down_the_gradient_of_the_objective(model, monkeypatch):
+    """One step of plain descent; with one target and one other token a batch holds both."""
+    s, edit = some_states(model).take(torch.tensor([1, 2])), some_edit(model)
+    assert s.target.tolist() == [True, False]
+    g = edit.g.clone().requires_grad_()
+    want, = torch.autograd.grad(objective(model, s, 0.7, edit._replace(g=g)), g)
+    monkeypatch.setattr(torch.optim, "Adam", torch.optim.SGD)
+    groups = [{"params": [g], "lr": 0.1}]
+    suppress.descend(model, s, lambda some: edited(model, edit._replace(g=g))(some), groups, 0.7,
+                     steps=1)
+    assert want.abs().max() > 0.01
+    torch.testing.assert_close(g.detach(), edit.g - 0.1 * want)
 
 
 def test_a_direction_starts_at_the_difference_of_means(model, monkeypatch):
@@ -427,8 +441,11 @@ def test_find_apply_and_sweep(option, mode, out, run, capsys, tmp_path):
     facts = json.loads(path.read_text())
     assert [*facts] == ["checkpoint", "find", "lam", "tuning", "ids", "gains", "directions"]
     assert re.match(r"[\d,]+ targets in [\d,]+ training tokens", said[0])
-    tried = [line.split()[:3] for line in said if line.lstrip().startswith("5, lambda")]
-    assert tried == [["5,", "lambda", f"{lam}"] for lam in suppress.LAMBDAS]
+    tried = [re.findall(r"-?[\d.]+", line) for line in said if "5, lambda" in line]
+    assert [words[:2] for words in tried] == [["5", f"{lam}"] for lam in suppress.LAMBDAS]
+    best = min if option == "behavior" else max                   # rate, or rise
+    value_of_best = [*facts["tuning"].values()][0][0]
+    assert best(float(words[2]) for words in tried) == pytest.approx(value_of_best, rel=0.01)
     assert said[-1] == f"{path}: {suppress.shown(facts['tuning'])}"
     edit = common.load_gains(path, run.model)
     detect = (edit.g != 1) if mode == "gains" else edit.w.any(0)
@@ -547,3 +564,44 @@ def test_bad_input_is_refused(out, run, tmp_path):
             (["sweep", f"--gains={lam}"], "expected one file")):
         refusal(suppress.main, [*words, f"--out_dir={out}"], match=message)
     refusal(suppress.main, ["fnd"], match="find, apply, sweep")
+
+
+# -- what was measured too little, and files that are not find's
+
+def test_too_little_of_either_text_is_refused(out, tmp_path):
+    (tmp_path / "with").write_text("the cat sat on. " * 4)        # 16 targets in the tuning half
+    (tmp_path / "without").write_text("a dog ran to the log. " * 60)
+    for words in ([f"--texts={tmp_path}/with,{tmp_path}/without"], ["--behavior=(?s)..."]):
+        refusal(suppress.main, ["find", f"--out_dir={out}", *words, "--size=3", *FREE],
+                match="too little text")
+    refusal(suppress.main, ["find", f"--out_dir={out}", "--behavior=cat", "--size=-3"],
+            match="size=-3")
+
+
+def test_a_detector_of_dead_prototypes_is_no_nan(model):
+    s = some_states(model)
+    s = s._replace(gates=torch.where(s.ids == 5, 0.0, s.gates))
+    edit = fit(model, s, torch.tensor([5]), "direction", 0.3)
+    assert not any(part.isnan().any() for part in edit)
+
+
+def test_facts_of_others_are_checked(out, run, tmp_path):
+    facts = dict(checkpoint=run.hash, ids=[], gains=[], directions=[], lam=0.1)
+    for key, value in (("tokens", "many"), ("seed", 1.5), ("seed", [1]), ("tokens", 10 ** 40)):
+        path = tmp_path / "f.json"
+        path.write_text(json.dumps(facts | dict(find={"behavior": "cat", key: value})))
+        refusal(suppress.main, ["sweep", f"--out_dir={out}", f"--gains={path}"], match=f"{key}")
+
+
+def test_the_control_uses_other_prototypes(out, run, monkeypatch, capsys):
+    edit = Edit(torch.ones(12), torch.zeros(1, 12), torch.zeros(1), torch.ones(1, 16))
+    edit.w[0, [1, 4, 7, 9, 11]] = 1.0
+    path, drawn = out / "gains/control.json", []
+    suppress.write_edit(path, run, edit, find=dict(behavior="the", tokens=1500), lam=0.1)
+
+    def fit(model, s, ids, *args):
+        drawn.append(ids.tolist())
+        return edit
+    monkeypatch.setattr(suppress, "fit", fit)
+    suppress.main(["sweep", f"--out_dir={out}", f"--gains={path}"])
+    assert len(set(drawn[0])) == 5 and not set(drawn[0]) & {1, 4, 7, 9, 11}

@@ -30,8 +30,8 @@ from interventions.cloze import CHOICES, cloze  # noqa: E402
 from tools import interval, read_results, save_results  # noqa: E402
 
 from common import Run, parse_config, plain, run_main  # noqa: E402
-from prism import UserError, apply_gains, log_softmax_chunks  # noqa: E402
-from suppress import write_gains  # noqa: E402
+from prism import UserError, log_softmax_chunks, mix  # noqa: E402
+from suppress import write_edit  # noqa: E402
 
 CONTEXT, CHOICE = 48, 5  # tokens
 PENALTIES = 0.001, 0.0003, 0.0001
@@ -88,7 +88,7 @@ def choice_scores(t, W, P, gains):
     s = t.z.new_zeros(n * CHOICES)
     slopes = t.z.new_zeros(n * CHOICES * M)
     choice = torch.arange(len(t.y), device=s.device) // CHOICE    # (N,)
-    z = apply_gains(t.z, t.ids, t.gates, gains, P)
+    z = t.z + mix(t.ids, t.gates * (gains[t.ids] - 1), P)
     for at, logp in log_softmax_chunks(z, W):
         y = t.y[at]
         ids = t.ids[at]
@@ -242,7 +242,8 @@ def main(argv):
     found = dict(by="calibrate", l2=l2, temperature=tau, options=asdict(cfg), result=result,
                  items=len(t.label), test_items=len(test.label))
     path = run.out_dir / "gains" / f"{cfg.name}.json"
-    write_gains(path, run, gains, found=found, traced=trace(run, gains, cfg.trace))
+    edit = run.model.edit(gains)
+    write_edit(path, run, edit, found=found, traced=trace(run, gains, cfg.trace))
     facts = dict(checkpoint=run.hash, train_seed=run.ckpt["train_config"]["seed"])
     runs = results.get("runs", {}) | {cfg.out_dir: facts | found}
     save_results(cfg.out, {"runs": runs})

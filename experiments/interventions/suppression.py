@@ -22,6 +22,7 @@ explained: the share of the 16 largest detectors among whose five commonest sour
 or whose six strongest tokens have a match within 32 tokens; and of random prototypes.
 """
 import copy
+import functools
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +54,8 @@ class SuppressionConfig:
     texts: int = TEXTS         # continuations per side
     finetune: int = 60         # steps of the finetuning rival; 0 leaves it out
     price: float = 0.3         # of sources, percent; expressions have 0.5
-    work: str = "out-without"  # models trained without a source
+    train: str = ""            # options of train.py for the models trained without a source
+    work: str = "out-without"  # these models
     out: str = ""              # the result; empty: results/suppression-CORPUS.json
 
 
@@ -61,31 +63,60 @@ def largest_sources(run, n=3):
     """Those with the most held-out text, of the ones that have training text."""
     start, _, sources = load_documents(run.folder, "val", len(run.val))
     size = {}
-    for name, length in zip(sources, np.diff([*start, len(run.val)])):
+    lengths = np.diff([*start, len(run.val)])
+    for name, length in zip(sources, lengths):
         size[name] = size.get(name, 0) + length
-    return [x for x in sorted(size, key=lambda x: -size[x]) if x in run.sources][:n]
+    order = sorted(size, key=size.get, reverse=True)
+    return [x for x in order if x in run.sources][:n]
+
+
+def drawn(rows, n, rng):
+    return rows[torch.randint(len(rows), (n,), generator=rng)]
+
+
+def places(windows, T, n):
+    """Numbers of windows -> (windows, n) places of their first n tokens"""
+    return windows[:, None] * T + torch.arange(n)
+
+
+def log_pi(model, rows):
+    """Windows (n, T + 1) -> (n, T, V) log softmax of the logits"""
+    return (model.hidden(rows[:, :-1]) @ model.W.T).log_softmax(-1)
 
 
 # ------------------------------------------- rivals: functions of States to logits, by strength
-def constant(model, s, lam, kind):
-    W = model.W
-    v = torch.zeros(len(W) if kind == "bias" else W.size(1), requires_grad=True)
+def constant_direction(model, s, lam):
+    u = torch.zeros(model.W.size(1), requires_grad=True)
 
     def change(some, x=1.0):
-        return some.z @ W.T + x * v if kind == "bias" else (some.z + x * v) @ W.T
-    descend(model, s, change, [{"params": [v], "lr": 0.05}], lam)
+        return (some.z + x * u) @ model.W.T
+    descend(model, s, change, [{"params": [u], "lr": 0.05}], lam)
+    return change
+
+
+def constant_bias(model, s, lam):
+    beta = torch.zeros(len(model.W), requires_grad=True)
+
+    def change(some, x=1.0):
+        return some.z @ model.W.T + x * beta
+    descend(model, s, change, [{"params": [beta], "lr": 0.05}], lam)
     return change
 
 
 def probe(model, s, lam):
-    on, off = s.z[s.target].mean(0), s.z[~s.target].mean(0)
-    q = (on - off) / (on - off).square().sum()                    # q.z differs by 1
+    on = s.z[s.target].mean(0)
+    off = s.z[~s.target].mean(0)
+    gap = on - off
+    q = gap / gap.square().sum()                                  # q.z differs by 1
     c = (q @ off)[None]
     u = F.normalize(off - on, dim=0)
-    groups = [{"params": [x.requires_grad_()], "lr": lr} for x, lr in ((q, 1e-3), (c, 0.02), (u, 0.05))]
+    groups = []
+    for x, lr in ((q, 1e-3), (c, 0.02), (u, 0.05)):
+        groups.append({"params": [x.requires_grad_()], "lr": lr})
 
     def change(some, x=1.0):
-        return (some.z + x * (some.z @ q - c).relu()[:, None] * u) @ model.W.T
+        gate = (some.z @ q - c).relu()
+        return (some.z + x * gate[:, None] * u) @ model.W.T
     descend(model, s, change, groups, lam)
     return change
 
@@ -94,14 +125,18 @@ def leace(model, s):
     """z - x A (z - mean): A is the oblique projection onto the whitened difference of means."""
     z = s.z.double()
     mean = z.mean(0)
-    values, vectors = torch.linalg.eigh((z - mean).T @ (z - mean) / len(z))
+    centered = z - mean
+    covariance = centered.T @ centered / len(z)
+    values, vectors = torch.linalg.eigh(covariance)
     root = values.clamp(min=1e-6 * values.max()).sqrt()
     delta = vectors.T @ (z[s.target].mean(0) - mean) / root
     delta = delta / delta.norm()
     A = (vectors * root) @ torch.outer(delta, delta) @ (vectors / root).T
+    A, mean = A.float(), mean.float()
 
     def change(some, x=1.0):
-        return (some.z - x * (some.z - mean.float()) @ A.T.float()) @ model.W.T
+        traced = (some.z - mean) @ A.T
+        return (some.z - x * traced) @ model.W.T
     return change
 
 
@@ -110,12 +145,12 @@ def reached(e, is_text):
 
 
 def at_equal_effect(model, s, b, before, change, goal, T, is_text):
-    """Bisection from 1/16 to 16 -> effect at the least strength that reaches the goal, or at most"""
+    """Bisection from 1/16 to 16 -> effect at the least strength that reaches the goal, or at 16"""
     low, high, best = -4.0, 4.0, None
     for _ in range(6):
         middle = (low + high) / 2
-        x = 2 ** middle
-        e = effect(s, b, before, measure(model, s, b, lambda some: change(some, x)), T)
+        after = measure(model, s, b, functools.partial(change, x=2 ** middle))
+        e = effect(s, b, before, after, T)
         if reached(e, is_text) >= goal:
             high, best = middle, e | {"reached": True}
         else:
@@ -130,8 +165,8 @@ def windows_of(text, T, where):
     """Marked text -> the windows (n, T + 1) with targets (where) or without, as tokens."""
     n = (len(text.tokens) - 1) // T
     has = text.target[:n * T].view(n, T).any(1)
-    at = (has if where else ~has).nonzero() * T + torch.arange(T + 1)
-    return text.tokens[at]
+    chosen = (has == where).nonzero()[:, 0]
+    return text.tokens[places(chosen, T, T + 1)]
 
 
 def finetuned(run, text, lam, steps):
@@ -139,27 +174,32 @@ def finetuned(run, text, lam, steps):
     model = copy.deepcopy(run.model).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.0)
     rng = torch.Generator().manual_seed(1)
-    on, off = windows_of(text, run.T, True), windows_of(text, run.T, False)
+    on = windows_of(text, run.T, True)
+    off = windows_of(text, run.T, False)
     for step in range(steps):
-        rows = torch.cat((on[torch.randint(len(on), (2,), generator=rng)],
-                          off[torch.randint(len(off), (6,), generator=rng)]))
+        rows = torch.cat((drawn(on, 2, rng), drawn(off, 6, rng)))
         with torch.no_grad():
-            before = (run.model.hidden(rows[:, :-1]) @ run.model.W.T).log_softmax(-1)
-        after = (model.hidden(rows[:, :-1]) @ model.W.T).log_softmax(-1)
-        kl = (before.exp() * (before - after)).sum(-1)[2:].mean()
+            before = log_pi(run.model, rows)
+        after = log_pi(model, rows)
+        kl = (before.exp() * (before - after)).sum(-1)
         y = rows[:2, 1:, None]
-        share = after[:2].gather(2, y).exp().sum() / before[:2].gather(2, y).exp().sum()
+        left = after[:2].gather(2, y).exp().sum()
+        share = left / before[:2].gather(2, y).exp().sum()
         optimizer.zero_grad()
-        (kl + lam * share).backward()
+        (kl[2:].mean() + lam * share).backward()
         optimizer.step()
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def window_loss(model, rows, gains=None):
-    parts = [F.cross_entropy(model.logits(model.hidden(x[:, :-1]), gains).flatten(0, 1),
-                             x[:, 1:].flatten()) * len(x) for x in rows.split(32)]
-    return (sum(parts) / len(rows)).item()
+    total = 0.0
+    for some in rows.split(32):
+        logits = model.logits(model.hidden(some[:, :-1]), gains)
+        y = some[:, 1:].flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), y)
+        total += len(some) * loss.item()
+    return total / len(rows)
 
 
 def relearned(model, rows, held_out, goal, gains=None, most=100):
@@ -171,7 +211,7 @@ def relearned(model, rows, held_out, goal, gains=None, most=100):
         if window_loss(model, held_out, gains) <= goal:
             return step
         for _ in range(5):
-            x = rows[torch.randint(len(rows), (8,), generator=rng)]
+            x = drawn(rows, 8, rng)
             _, loss = model(x[:, :-1], x[:, 1:], gains)
             optimizer.zero_grad()
             loss.backward()
@@ -182,9 +222,11 @@ def relearned(model, rows, held_out, goal, gains=None, most=100):
 # ------------------------------------------- sampled text, and what the detectors are
 def bayes(text, V):
     """Marked training text -> (V,) log odds of each token, source against other text"""
-    counts = [torch.bincount(text.tokens[keep], minlength=V) + 0.5
-              for keep in (text.target, ~text.target)]
-    return (counts[0] / counts[0].sum()).log() - (counts[1] / counts[1].sum()).log()
+    logs = []
+    for keep in (text.target, ~text.target):
+        count = torch.bincount(text.tokens[keep], minlength=V) + 0.5
+        logs.append((count / count.sum()).log())
+    return logs[0] - logs[1]
 
 
 def given_to_source(run, odds, idx, gains):
@@ -192,32 +234,41 @@ def given_to_source(run, odds, idx, gains):
     hits = []
     for i, rows in enumerate(idx.split(128)):
         new = run.model.generate(rows, NEW, seed=i, gains=gains, n_vocab=run.tokenizer.n_vocab)
-        hits.append(odds[new[:, rows.size(1):]].sum(1) > 0)
+        new = new[:, rows.size(1):]
+        hits.append(odds[new].sum(1) > 0)
     return torch.cat(hits).float().mean().item()
 
 
 def sampled(cfg, run, find, edit, text, val):
     """-> {beginnings: [before, after]}: shares of a source; matches per 1,000 tokens"""
     windows = torch.arange((len(val.tokens) - 1) // run.T)[1::2]
-    has = val.target[windows[:, None] * run.T + torch.arange(run.T)].float().mean(1) > 0.5
-    rng, result = torch.Generator().manual_seed(5), {}
-    places = {"neutral": windows[~has] if find.source else windows}
+    inside = val.target[places(windows, run.T, run.T)].float()
+    has = inside.mean(1) > 0.5
+    rng = torch.Generator().manual_seed(5)
+    result = {}
+    kinds = {"neutral": windows}
     if find.source:
-        places["own"] = windows[has]
+        kinds = {"neutral": windows[~has], "own": windows[has]}
         odds = bayes(text, len(run.model.W))
-        rows = val.tokens[windows[:, None] * run.T + torch.arange(NEW)]
-        result["classifier"] = ((odds[rows].sum(1) > 0) == has).float().mean().item()
-    for name, at in places.items():
-        drawn = at[torch.randint(len(at), (cfg.texts,), generator=rng)]
+        rows = val.tokens[places(windows, run.T, NEW)]
+        guess = odds[rows].sum(1) > 0
+        correct = (guess == has).float()
+        result["classifier"] = correct.mean().item()
+    for name, at in kinds.items():
+        at = drawn(at, cfg.texts, rng)
         offset = torch.randint(run.T - 16, (cfg.texts, 1), generator=rng)
-        idx = val.tokens[drawn[:, None] * run.T + offset + torch.arange(16)]
+        idx = val.tokens[places(at, run.T, 16) + offset]
         if find.source:
-            result[name] = [given_to_source(run, odds, idx, g) for g in (None, edit)]
+            before = given_to_source(run, odds, idx, None)
+            after = given_to_source(run, odds, idx, edit)
+            result[name] = [before, after]
             continue
         result[name] = []
         for gains in (None, edit):
             found = suppress.samples(run, idx, find.behavior, NEW, 1.0, 1, gains)
-            result[name].append(1000 * sum(n for n, _ in found) / (cfg.texts * NEW))
+            matches = sum(n for n, _ in found)
+            per_thousand = 1000 / (cfg.texts * NEW)
+            result[name].append(matches * per_thousand)
     return result
 
 
@@ -225,7 +276,7 @@ def explained(run, find, edit, text):
     """-> shares of the 16 largest detectors and of 64 random prototypes that show the behavior"""
     windows = suppress.draw_windows(text, run.T, 500, False, 3)
     s = suppress.load_states(run, text, windows)
-    position = (windows[:, None] * run.T + 1 + torch.arange(run.T)).flatten().numpy()
+    position = 1 + places(windows, run.T, run.T).flatten().numpy()
     document = np.searchsorted(run.doc_start, position, side="right") - 1
     source = torch.from_numpy(run.doc_source[document])
     rng = torch.Generator().manual_seed(7)
@@ -238,10 +289,12 @@ def explained(run, find, edit, text):
             gate = (s.gates * (s.ids == i)).sum(1)
             if find.source:
                 counts = torch.bincount(source[gate > 0], minlength=len(run.sources))
-                five = counts.topk(min(5, len(counts))).indices.tolist()
+                n = min(5, len(counts))
+                five = counts.topk(n).indices.tolist()
                 shown.append(find.source in run.sources[five])
             else:
-                shown.append(bool((~s.far[gate.topk(6).indices]).all()))
+                far = s.far[gate.topk(6).indices]
+                shown.append(not far.any().item())
         shares.append(float(np.mean(shown)))
     return shares
 
@@ -252,10 +305,11 @@ def measure_model(run, other, b, text, windows):
     """suppress.measure() of another model's logits, on windows of Marked text -> (3, N)"""
     parts = []
     for at in windows.split(32):
-        rows = text.tokens[at[:, None] * run.T + torch.arange(run.T + 1)]
-        before, after = [(m.hidden(rows[:, :-1]) @ m.W.T).log_softmax(-1).flatten(0, 1)
-                         for m in (run.model, other)]
-        loss = -after.gather(1, rows[:, 1:].reshape(-1, 1))[:, 0]
+        rows = text.tokens[places(at, run.T, run.T + 1)]
+        before = log_pi(run.model, rows).flatten(0, 1)
+        after = log_pi(other, rows).flatten(0, 1)
+        y = rows[:, 1:].reshape(-1, 1)
+        loss = -after.gather(1, y)[:, 0]
         kl = (before.exp() * (before - after)).sum(1)
         parts.append(torch.stack((loss, after.exp() @ b, kl)))
     return torch.cat(parts, 1)
@@ -266,28 +320,35 @@ def rivals_of(model, s, lam, n):
     rng = torch.Generator().manual_seed(2)
     others = torch.randperm(len(model.prototypes), generator=rng)[:n]
     random = suppress.fit(model, s, others, "direction", lam)
-    return {"random": lambda some, x: edited(model, random, x)(some),
-            "probe": probe(model, s, lam),
-            "direction": constant(model, s, lam, "direction"),
-            "bias": constant(model, s, lam, "bias"),
-            "LEACE": leace(model, s)}
+    return {
+        "random": lambda some, x: edited(model, random, x)(some),
+        "probe": probe(model, s, lam),
+        "direction": constant_direction(model, s, lam),
+        "bias": constant_bias(model, s, lam),
+        "LEACE": leace(model, s),
+    }
 
 
 def study(cfg, run, find):
     """A FindConfig -> the figures of all sides (dict)"""
     model, T, is_text = run.model, run.T, not find.behavior
-    suppress.find([f"--{name}={value}" for name, value in asdict(find).items()])
+    words = [f"--{name}={value}" for name, value in asdict(find).items()]
+    suppress.find(words)
     path = run.out_dir / "gains" / f"{find.name}.json"
     facts, edit = read_results(path), load_gains(path, model)
-    lam, n = facts["lam"], int(edit.w.any(0).sum())
+    lam = facts["lam"]
+    n = int(edit.w.any(0).sum())
     b, train, _, test = suppress.behavior_states(run, find)
-    text, val = suppress.mark(run, find, "train"), suppress.mark(run, find, "val")
-    windows = suppress.draw_windows(val, T, 256, is_text, find.seed, slice(1, None, 2))
+    text = suppress.mark(run, find, "train")
+    val = suppress.mark(run, find, "val")
+    odd = slice(1, None, 2)
+    windows = suppress.draw_windows(val, T, 256, is_text, find.seed, odd)
     before = measure(model, test, b)
 
     def judged(after):
         return effect(test, b, before, after, T)
-    sides = {"edit": judged(measure(model, test, b, edited(model, edit)))}
+    after = measure(model, test, b, edited(model, edit))
+    sides = {"edit": judged(after)}
     print(f"edit: {suppress.shown(sides['edit'])}", flush=True)
     goal = reached(sides["edit"], is_text)
     for name, change in rivals_of(model, train, lam, n).items():
@@ -299,10 +360,12 @@ def study(cfg, run, find):
         sides["finetune"] = judged(measure_model(run, tuned, b, val, windows))
     if is_text:
         keep = np.array(run.source_of) != find.source
-        without, _ = load_checkpoint(trained_on(run, keep, cfg.work, 1, []))
+        out_dir = trained_on(run, keep, cfg.work, 1, cfg.train.split())
+        without, _ = load_checkpoint(out_dir)
         without.requires_grad_(False)
         sides["retrained"] = judged(measure_model(run, without, b, val, windows))
-        rows, held_out = windows_of(text, T, True), windows_of(val, T, True)[:64]
+        rows = windows_of(text, T, True)
+        held_out = windows_of(val, T, True)[:64]
         untouched = window_loss(model, held_out)
         models = {"edit": (model, edit), "retrained": (without, None)}
         if cfg.finetune:
@@ -310,11 +373,12 @@ def study(cfg, run, find):
         result["relearned"] = {name: relearned(m, rows, held_out, untouched, gains)
                                for name, (m, gains) in models.items()}
     else:
-        ban = measure(model, test, b, lambda some: some.z @ model.W.T - 30.0 * (b >= 0.5))
-        sides["ban"] = judged(ban)
+        def ban(some):
+            return some.z @ model.W.T - 30.0 * (b >= 0.5)
+        sides["ban"] = judged(measure(model, test, b, ban))
     result["sampled"] = sampled(cfg, run, find, edit, text, val)
     result["explained"] = explained(run, find, edit, text)
-    print({key: result[key] for key in ("relearned", "sampled", "explained") if key in result})
+    print(result["sampled"], result["explained"])
     return result
 
 
@@ -322,18 +386,23 @@ def main(argv):
     cfg = parse_config(SuppressionConfig, argv)
     if cfg.corpus not in EXPRESSIONS:
         raise UserError(f"corpus={cfg.corpus}, expected pydoc or books")
-    run = Run(cfg.out_dir or {"pydoc": "out", "books": "out-books"}[cfg.corpus], "cpu")
+    default = {"pydoc": "out", "books": "out-books"}[cfg.corpus]
+    run = Run(cfg.out_dir or default, "cpu")
     out = cfg.out or f"experiments/results/suppression-{cfg.corpus}.json"
     common = dict(out_dir=str(run.out_dir), tokens=cfg.tokens, size=cfg.size, device="cpu")
     found = read_results(out)
-    kept = found.get("studies", {}) if found.get("checkpoint") == run.hash else {}
-    for i, name in enumerate([*largest_sources(run), *EXPRESSIONS[cfg.corpus]]):
+    kept = {}
+    if found.get("checkpoint") == run.hash:
+        kept = found["studies"]
+    names = [*largest_sources(run), *EXPRESSIONS[cfg.corpus]]
+    for i, name in enumerate(names):
         if name in kept or cfg.only not in ("", name):
             continue
         print(f"--- {name}", flush=True)
         is_text = name in run.sources
         what = dict(source=name, price=cfg.price) if is_text else dict(behavior=name)
-        kept[name] = study(cfg, run, suppress.FindConfig(name=f"study-{i}", **what, **common))
+        find = suppress.FindConfig(name=f"study-{i}", **what, **common)
+        kept[name] = study(cfg, run, find)
         save_results(out, dict(options=asdict(cfg), checkpoint=run.hash, studies=kept))
     print(f"{out}: {len(kept)} behaviors")
 
