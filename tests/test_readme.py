@@ -16,8 +16,7 @@ SMALL = {"train.py": "--max_iters=40 --eval_interval=40 --n_layer=1 --n_head=2 -
                      "--n_proto=64 --top_k=4 --block_size=64 --batch_size=4 --total_batch_tokens=512 "
                      "--eval_tokens=2000 --dtype=float32 --device=cpu",
          "prepare.py": "--vocab_size=400 --data_dir=.",
-         "suppress.py find": "--tokens=4000 --price=50",
-         "suppress.py sweep": "--tokens=4000",
+         "suppress.py find": "--tokens=4000 --price=5000 --kl=100 --size=16",
          "suppress.py apply": "--max_new_tokens=20",
          "sample.py": "--max_new_tokens=20"}
 

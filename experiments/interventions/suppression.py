@@ -56,7 +56,7 @@ class SuppressionConfig:
     price: float = 0.3         # of sources, percent; expressions have 0.5
     train: str = ""            # options of train.py for the models trained without a source
     work: str = "out-without"  # these models
-    out: str = ""              # the result; empty: results/suppression-CORPUS.json
+    out: str = "experiments/results/suppression-CORPUS.json"  # the result
 
 
 def largest_sources(run, n=3):
@@ -388,7 +388,7 @@ def main(argv):
         raise UserError(f"corpus={cfg.corpus}, expected pydoc or books")
     default = {"pydoc": "out", "books": "out-books"}[cfg.corpus]
     run = Run(cfg.out_dir or default, "cpu")
-    out = cfg.out or f"experiments/results/suppression-{cfg.corpus}.json"
+    out = cfg.out.replace("CORPUS", cfg.corpus)
     common = dict(out_dir=str(run.out_dir), tokens=cfg.tokens, size=cfg.size, device="cpu")
     found = read_results(out)
     kept = {}
