@@ -188,7 +188,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 # --------------------------------------- the model
 class Explanation(NamedTuple):
-    """The ledger of one logit per token: contributions.sum(-1) + residual + edits."""
+    """The ledger of a logit per token: contributions.sum(-1) + residual + edits == logit."""
     targets: torch.Tensor        # (B, T) the token whose logit is explained
     logit: torch.Tensor          # (B, T)
     prototypes: torch.Tensor     # (B, T, k) ids, the most similar first
@@ -257,11 +257,11 @@ class PRISM(nn.Module):
         return edit.apply(flat, m.ids, m.gates, self.prototypes).view_as(z)
 
     def logits(self, z, gains=None):
-        """z (..., d), gains (M,) or None -> (..., V): logits_t = W (r_t + sum_i g_i a_ti p_i)."""
+        """z (..., d), gains as steer takes them -> (..., V), W times the states of steer()."""
         return F.linear(self.steer(z, gains), self.W)
 
     def forward(self, idx, targets=None, gains=None, return_terms=False):
-        """idx (B, T), targets (B, T) (-1 is ignored), gains (M,) or None -> logits (B, T, V), loss
+        """idx (B, T), targets (B, T) (-1 is ignored), gains as in steer -> logits (B, T, V), loss
 
         Without targets: the last position's logits, loss None. return_terms: loss, terms (4,).
             ce   next-token cross-entropy, in nats

@@ -52,17 +52,15 @@ def gate_ledger(model, idx, i):
     reads, else (n, 1); and the writes w, (T, d) or (1, d). z is the last layer norm of their sum:
         z = sum_w D w + beta,    D w = gamma * (w - mean w) / sigma, the scale sigma as it is
         cos(z, p_i) = sum_w <w, q_i> + <beta, p_i> / (|z| |p_i|),  q_i = D^T p_i / (|z| |p_i|)"""
-    trunk = model.transformer
-    ln = trunk.ln_f
+    trunk, ln = model.transformer, model.transformer.ln_f
     token, position = trunk.wte(idx), trunk.wpe.weight[:len(idx)]
     writes = {"token": token[-1:], "position": position[-1:]}     # (1, d) each
     x = token + position                                          # (T, d)
     for layer, block in enumerate(trunk.h, 1):
         attn = block.attn
         u = block.ln_1(x)
-        qkv = attn.c_attn(u).unflatten(1, (3, attn.n_head, -1))
-        q, k, v = qkv.permute(1, 2, 0, 3)                         # (heads, T, d / heads)
-        scores = k @ q[:, -1, :, None] / math.sqrt(q.size(-1))
+        q, k, v = attn.c_attn(u).unflatten(1, (3, attn.n_head, -1)).permute(1, 2, 0, 3)
+        scores = k @ q[:, -1, :, None] / math.sqrt(q.size(-1))    # q (heads, T, d / heads)
         att = scores.softmax(1)                                   # (heads, T, 1) of the last
         W_O = attn.c_proj.weight.T.unflatten(0, (attn.n_head, -1))
         for h, write in enumerate(att * (v @ W_O), 1):            # (T, d), att_s W_O v_s in row s
@@ -134,7 +132,9 @@ def explain(run, ids, gains):
 def main(argv):
     cfg = parse_config(SampleConfig, argv)
     run = Run(cfg.out_dir, cfg.device, text=False)
-    ids = run.tokenizer.encode_ordinary(cfg.prompt or "\n")
+    ids = run.tokenizer.encode_ordinary(cfg.prompt)
+    if not ids:
+        raise UserError("the prompt is empty; give at least one character: --prompt=\"The\"")
     if cfg.explain and not run.model.config.n_proto:
         raise UserError(f"{cfg.out_dir} holds a dense model (n_proto = 0): no ledger")
     if cfg.temperature < 0 or cfg.top_k < 0:

@@ -215,9 +215,8 @@ def behavior_states(run, cfg):
     n = max(2, cfg.tokens // run.T)
     drawn = draw_windows(text, run.T, n, True, cfg.seed)
     train = load_states(run, text, drawn)
-    halves = slice(0, None, 2), slice(1, None, 2)
-    even = draw_windows(val, run.T, 256, is_text, cfg.seed, halves[0])
-    odd = draw_windows(val, run.T, 256, is_text, cfg.seed, halves[1])
+    even = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(0, None, 2))
+    odd = draw_windows(val, run.T, 256, is_text, cfg.seed, slice(1, None, 2))
     tune = load_states(run, val, even)
     test = load_states(run, val, odd)
     found = [int(s.target.sum()) for s in (train, tune, test)]
@@ -244,18 +243,22 @@ def edited(model, edit, strength=1.0):
     return change
 
 
+def figures(before, after, y, b):
+    """log pi, log pi' (N, V) -> (3, N): loss, rate = sum_v b_v pi'_tv, KL(pi || pi'); in nats"""
+    loss = -after.gather(1, y[:, None])[:, 0]
+    kl = (before.exp() * (before - after)).sum(1)
+    return torch.stack((loss, after.exp() @ b, kl))
+
+
 @torch.no_grad()
 def measure(model, s, b, change=None):
-    """change: a function of States to logits (N, V), or None for the model as it is
-    -> (3, N): loss in nats, rate = sum_v b_v pi_tv, KL(pi || pi') in nats"""
-    result = s.z.new_empty(3, len(s.z))
+    """figures() of change, a function of States to logits (N, V); None: the model as it is"""
+    parts = []
     for at, before in log_softmax_chunks(s.z, model.W):
         some = s.take(at)
-        logp = change(some).log_softmax(1) if change else before
-        result[0, at] = -logp.gather(1, some.y[:, None])[:, 0]
-        result[1, at] = logp.exp() @ b
-        result[2, at] = (before.exp() * (before - logp)).sum(1)
-    return result
+        after = change(some).log_softmax(1) if change else before
+        parts.append(figures(before, after, some.y, b))
+    return torch.cat(parts, 1)
 
 
 def interval(numerator, denominator, seed=0, draws=1000):
@@ -311,12 +314,19 @@ def rank_prototypes(s, M):
     return (on - off) / (square - on ** 2 - off ** 2).clamp(min=1e-6).sqrt()
 
 
+def objective(before, after, y, lam):
+    """log pi, log pi' (N, V), next tokens y (n,) of the first n, which are the targets ->
+
+        mean over other tokens of KL(pi_t || pi'_t)  +  lam * sum pi'_t[y_t] / sum pi_t[y_t]"""
+    n = len(y)
+    kl = (before[n:].exp() * (before[n:] - after[n:])).sum(1)
+    left = after[:n].gather(1, y[:, None]).exp().sum()
+    share = left / before[:n].gather(1, y[:, None]).exp().sum()
+    return kl.mean() + lam * share
+
+
 def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
-    """Minimizes over the parameters in groups, by Adam,
-
-        mean over other tokens of KL(pi_t || pi'_t)  +  lam * sum pi'_t[y_t] / sum pi_t[y_t]
-
-    with the sums over targets, a quarter of each batch; pi' = softmax(change(States))."""
+    """Adam on objective() of softmax(change(States)); a quarter of each batch are targets."""
     optimizer = torch.optim.Adam(groups)
     rng = torch.Generator().manual_seed(seed)
     targets = s.target.nonzero()[:, 0]
@@ -328,12 +338,9 @@ def descend(model, s, change, groups, lam, seed=0, steps=120, batch=1024):
         some = s.take(torch.cat((targets[drawn], others[more])))
         before = (some.z @ model.W.T).log_softmax(1)
         after = change(some).log_softmax(1)
-        kl = (before.exp() * (before - after)).sum(1)[n:]
-        y = some.y[:n, None]
-        left = after[:n].gather(1, y).exp().sum()
-        share = left / before[:n].gather(1, y).exp().sum()
+        loss = objective(before, after, some.y[:n], lam)
         optimizer.zero_grad()
-        (kl.mean() + lam * share).backward()
+        loss.backward()
         optimizer.step()
 
 
@@ -342,13 +349,14 @@ def fit(model, s, ids, mode, lam, seed=0):
     M = len(model.prototypes)
     zeros = torch.zeros_like(model.prototypes[:, 0])
     on, off = mean_gates(s, s.target, M)[ids], mean_gates(s, ~s.target, M)[ids]
-    w = (on - off) / ((on - off) @ on + 1e-9)                          # w.a = 1 at the mean target
+    gap = on - off
+    w = gap / (gap @ on + 1e-9)                                   # w.a = 1 at the mean target
     c = (w @ off)[None]                                           # relu(w.a - c) = 0 elsewhere
     away = s.z[~s.target].mean(0) - s.z[s.target].mean(0)
     u = F.normalize(away, dim=0)
     theta = torch.zeros_like(w)                                   # g - 1
     if mode == "gains":
-        u = torch.zeros_like(u)
+        w, u = torch.zeros_like(w), torch.zeros_like(u)
         groups = [{"params": [theta], "lr": 0.02}]
     else:
         groups = [{"params": [w, c], "lr": 0.02}, {"params": [u], "lr": 0.05}]
@@ -366,9 +374,8 @@ def fit(model, s, ids, mode, lam, seed=0):
     return Edit(*(part.detach() for part in edit()))
 
 
-def strongest(model, s, b, edit, cfg, T):
+def strongest(model, s, b, before, edit, cfg, T):
     """Bisection from 1/8 to 8 -> the largest strength at the allowed price, and its effect"""
-    before = measure(model, s, b)
     low, high, found = -3.0, 3.0, None
     for _ in range(6):
         middle = (low + high) / 2
@@ -404,16 +411,16 @@ def find(argv):
     cfg = parse_config(FindConfig, argv)
     run = Run(cfg.out_dir, cfg.device)
     model = run.model
-    M = model.config.n_proto
     if cfg.mode not in ("direction", "gains") or cfg.size < 0:
         raise UserError(f"mode={cfg.mode}, size={cfg.size}; expected direction or gains, 0 or more")
     b, train, tune, _ = behavior_states(run, cfg)
     print(f"{train.target.sum():,} targets in {len(train.y):,} training tokens")
-    order = rank_prototypes(train, M).argsort(descending=True)
+    order = rank_prototypes(train, len(model.prototypes)).argsort(descending=True)
+    before = measure(model, tune, b)
     best = None
     for size, lam in itertools.product([cfg.size] if cfg.size else SIZES, LAMBDAS):
         edit = fit(model, train, order[:size], cfg.mode, lam, cfg.seed)
-        found = strongest(model, tune, b, edit, cfg, run.T)
+        found = strongest(model, tune, b, before, edit, cfg, run.T)
         if found is None:
             print(f"{size:>3}, lambda {lam:<4}  too dear", flush=True)
             continue
@@ -425,7 +432,7 @@ def find(argv):
     if best is None:
         raise UserError(f"no edit at {cfg.price}% and {cfg.kl} nats; raise --price or --kl")
     _, edit, e, lam = best
-    weight = edit.w[0] if cfg.mode == "direction" else edit.g - 1
+    weight = edit.w[0] + edit.g - 1
     for i in weight.abs().argsort(descending=True)[:10].tolist():
         logits = model.W[:run.tokenizer.n_vocab] @ model.prototypes[i]
         raised = [run.decode([t]) for t in logits.argsort(descending=True)[:5]]
@@ -512,7 +519,6 @@ def sweep(argv):
             row[name] = effect(test, b, before, after, T)
             print(f"{name:>7} x{strength:<4}  {shown(row[name])}", flush=True)
         rows.append(row)
-
     # sampled: the texts with most matches before, and what becomes of them
     idx = beginnings(run, 64, cfg.seed)
     options = found.behavior, 100, 1.0, cfg.seed

@@ -104,3 +104,21 @@ def made(tmp_path_factory):
     out = write_run(tmp_path_factory.mktemp("attribution"), iters=135)
     attribute.main(["index", f"--out_dir={out}", "--mu=0.05"])
     return out
+
+
+def gpt2_state(d=6, n_layer=2, V=11, T=8):
+    """Random weights under GPT-2's names, matrices (in, out), with the masks that it stores."""
+    shapes = {"wte.weight": (V, d), "wpe.weight": (T, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
+    for i in range(n_layer):
+        for name, n_in, n_out in (("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d),
+                                  ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)):
+            shapes[f"h.{i}.{name}.weight"] = n_in, n_out
+            shapes[f"h.{i}.{name}.bias"] = n_out,
+        for name in ("ln_1", "ln_2"):
+            shapes |= {f"h.{i}.{name}.weight": (d,), f"h.{i}.{name}.bias": (d,)}
+    state = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        rng = torch.Generator().manual_seed(seed)
+        state[name] = 0.5 * torch.randn(shape, generator=rng)
+    state["h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()
+    return state

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny
+from conftest import gpt2_state, tiny
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -492,23 +492,6 @@ def test_a_context_that_is_too_long_is_refused():
 
 
 # -- GPT-2's weights, prototypes for a trained trunk
-
-def gpt2_state(d=6, n_layer=2, V=11, T=8):
-    """Random weights under GPT-2's names, matrices (in, out), with the masks that it stores."""
-    shapes = {"wte.weight": (V, d), "wpe.weight": (T, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
-    for i in range(n_layer):
-        for name, n_in, n_out in (("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d),
-                                  ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)):
-            shapes[f"h.{i}.{name}.weight"] = n_in, n_out
-            shapes[f"h.{i}.{name}.bias"] = n_out,
-        for name in ("ln_1", "ln_2"):
-            shapes |= {f"h.{i}.{name}.weight": (d,), f"h.{i}.{name}.bias": (d,)}
-    state = {}
-    for seed, (name, shape) in enumerate(shapes.items()):
-        state[name] = 0.5 * randn(*shape, seed=seed, dtype=torch.float32)
-    state["h.0.attn.bias"] = torch.ones(1, 1, T, T).tril()
-    return state
-
 
 def test_gpt2_weights_give_gpt2s_hidden_states():
     bare, idx = gpt2_state(), tokens(2, 8)

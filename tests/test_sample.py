@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import gpt2_state, tiny
 
 import sample
 from common import fingerprint
@@ -134,32 +134,11 @@ def test_the_three_largest_slices_stand_under_a_token_with_their_labels(tmp_path
             printed(capsys, out, "--explain")
 
 
-def test_an_empty_prompt_is_a_line_break(tmp_path, dataset, capsys):
-    out = tmp_path / "out"
-    write_model(out, dataset)
-    words = "--max_new_tokens=5", "--seed=2"
-    assert printed(capsys, out, "--prompt=", *words) == printed(capsys, out, "--prompt=\n", *words)
-
-
 # ------------------------------------------- why did a prototype fire?
-
-def gpt2_state(V=40, T=8, d=128, n_layer=2):
-    """A random state dict of GPT-2's form, (in, out) weights, every bias and norm random."""
-    gen = torch.Generator().manual_seed(0)
-    shapes = {"wte.weight": (V, d), "wpe.weight": (T, d), "ln_f.weight": (d,), "ln_f.bias": (d,)}
-    for a in range(n_layer):
-        for name, n_in, n_out in (("attn.c_attn", d, 3 * d), ("attn.c_proj", d, d),
-                                  ("mlp.c_fc", d, 4 * d), ("mlp.c_proj", 4 * d, d)):
-            shapes[f"h.{a}.{name}.weight"] = n_in, n_out
-            shapes[f"h.{a}.{name}.bias"] = n_out,
-        for name in ("ln_1", "ln_2"):
-            shapes[f"h.{a}.{name}.weight"] = shapes[f"h.{a}.{name}.bias"] = d,
-    return {name: 0.3 * torch.randn(shape, generator=gen) for name, shape in shapes.items()}
-
 
 def models():
     return {"biases": tiny(), "no biases": tiny(bias=False, n_layer=3, n_head=3),
-            "GPT-2": PRISM.from_pretrained(gpt2_state(), n_proto=9, top_k=3).double().eval()}
+            "GPT-2": PRISM.from_pretrained(gpt2_state(d=128, V=40), n_proto=9, top_k=3).double().eval()}
 
 
 @pytest.mark.parametrize("name", ["biases", "no biases", "GPT-2"])
@@ -280,7 +259,8 @@ def test_parts_stand_under_the_prototypes_of_the_last_token(tmp_path, dataset, c
 def test_what_cannot_be_sampled_is_one_line(tmp_path, dataset):
     out = tmp_path / "out"
     write_model(out, dataset)
-    for words, message in ((["--prompt=" + "x" * 20, "--explain"], "20 tokens"),
+    for words, message in ((["--prompt="], "the prompt is empty"),
+                           (["--prompt=" + "x" * 20, "--explain"], "20 tokens"),
                            (["--prompt=x", "--temperature=-1"], "temperature=-1.0"),
                            (["--prompt=x", "--gains=nowhere.json"], "nowhere.json"),
                            (["--prompt=x", "--device=cuda:99"], "cuda:99")):

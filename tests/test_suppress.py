@@ -386,14 +386,14 @@ def test_the_strongest_edit_at_the_price(run, cat):
         price = max(e[name][2] for name in ("loss", "benign") if name in e)
         return price > cfg.price or e["kl"][2] > cfg.kl
     for cfg in (FindConfig(price=1.0, kl=99), FindConfig(price=999, kl=0.001)):
-        strength, e = suppress.strongest(model, tune, b, edit, cfg, T)
+        strength, e = suppress.strongest(model, tune, b, before, edit, cfg, T)
         assert 1 / 8 < strength < 4
         assert e == effect_at(strength) and not too_dear(e, cfg)
         assert too_dear(effect_at(strength * 2 ** (6 / 64)), cfg)  # the next one tried
     dear = FindConfig(price=1e9, kl=1e9)
-    strength, _ = suppress.strongest(model, tune, b, edit, dear, T)
+    strength, _ = suppress.strongest(model, tune, b, before, edit, dear, T)
     assert strength == 2 ** (3 - 6 / 64)
-    assert suppress.strongest(model, tune, b, edit, FindConfig(price=-99), T) is None
+    assert suppress.strongest(model, tune, b, before, edit, FindConfig(price=-99), T) is None
 
 
 def test_a_written_edit_is_read_as_it_was(run, tmp_path):

@@ -26,7 +26,7 @@ from rivals import owners, windows  # noqa: E402
 from tools import read_results, save_results  # noqa: E402
 
 from attribute import MU_SHARE, Curvature, Records, conjugate_gradients  # noqa: E402
-from attribute import curvature_product, seen_windows  # noqa: E402
+from attribute import curvature_product, seen_windows, spread  # noqa: E402
 from common import Run, UserError, parse_config, run_main  # noqa: E402
 from prism import log_softmax_chunks, mix  # noqa: E402
 
@@ -73,9 +73,20 @@ def held(run, text, starts):
 
 def right_side(r, M):
     """b (M, d), b_i = sum_s a_si g_s: minus the gradient of the summed loss."""
-    b = r.errors.new_zeros(M, r.errors.size(1))
-    ag = r.gates[:, :, None] * r.errors[:, None]
-    return b.index_add_(0, r.ids.flatten(), ag.flatten(0, 1))
+    return spread(r, r.errors, M)
+
+
+def damped_blocks(W, r, M):
+    """Records r -> mu, and the function v (Q, M, d) -> H_i^-1 v_i of their exact blocks."""
+    curvature = Curvature(W, M)
+    curvature.add(r)
+    mu = MU_SHARE * curvature.mean_eigenvalue()
+    H = torch.stack([curvature.block(i, mu) for i in range(M)])
+    L = torch.linalg.cholesky(H.double()).to(W.dtype)
+
+    def blocks(v):
+        return torch.cholesky_solve(v.permute(1, 2, 0), L).permute(2, 0, 1)
+    return mu, blocks
 
 
 def solve_joint(W, r, mu, b, blocks, tol):
@@ -132,15 +143,8 @@ def main(argv):
     queries = held(run, run.val, starts)
     queries = queries.take(rng.permutation(len(queries.targets))[:cfg.queries])
     r, q = tokens.records(W, P_0), queries.records(W, P_0)
-    curvature = Curvature(W, M)
-    curvature.add(r)
-    mu = MU_SHARE * curvature.mean_eigenvalue()
-    H = torch.stack([curvature.block(i, mu) for i in range(M)])
-    L = torch.linalg.cholesky(H.double()).float()
+    mu, blocks = damped_blocks(W, r, M)
     tilt = right_side(r, M)
-
-    def blocks(b):                                        # (Q, M, d) -> H_i^-1 b_i
-        return torch.cholesky_solve(b.permute(1, 2, 0), L).permute(2, 0, 1)
 
     def change(x):                                        # of each query token's loss
         return (mix(q.ids, q.gates, x) * q.errors).sum(1).tolist()

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "attribution"))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from refit import fit, held, right_side, solve_joint  # noqa: E402
+from refit import damped_blocks, fit, held, right_side, solve_joint  # noqa: E402
 from rivals import owners  # noqa: E402
 from tools import interval, read_results, save_results, spearman, trained_on  # noqa: E402
 
-from attribute import MU_SHARE, Curvature, seen_windows  # noqa: E402
+from attribute import seen_windows  # noqa: E402
 from common import Run, UserError, load_documents, parse_config, run_main  # noqa: E402
 
 TOLERANCE = 0.1  # of the norm of b; with 0.005 refit's changes of loss differ by 1%
@@ -61,14 +61,7 @@ def forget(rest, b, W, P):
     """Tokens that remain, b and prototypes P (M, d) -> {side: P' (M, d)}."""
     M = len(P)
     r = rest.records(W, P)
-    curvature = Curvature(W, M)
-    curvature.add(r)
-    mu = MU_SHARE * curvature.mean_eigenvalue()
-    H = torch.stack([curvature.block(i, mu) for i in range(M)])
-    L = torch.linalg.cholesky(H.double()).to(P.dtype)
-
-    def blocks(v):                                        # (Q, M, d) -> H_i^-1 v_i
-        return torch.cholesky_solve(v.permute(1, 2, 0), L).permute(2, 0, 1)
+    mu, blocks = damped_blocks(W, r, M)
     joint = P - solve_joint(W, r, mu, b, blocks, TOLERANCE)
     tilt = b + right_side(r, M)                           # b is then F's gradient at P
     refit = fit(rest, W, P, joint, tilt, mu, blocks, TOLERANCE * b.norm())

@@ -37,11 +37,11 @@ import suppress  # noqa: E402
 from common import Run, load_checkpoint, load_documents, load_gains  # noqa: E402
 from common import parse_config, run_main  # noqa: E402
 from prism import UserError  # noqa: E402
-from suppress import descend, edited, effect, measure  # noqa: E402
+from suppress import descend, edited, effect, figures, measure, objective  # noqa: E402
 
 EXPRESSIONS = {"pydoc": (">>>", "(?i)deprecat", "(?i)thread|process"),
                "books": (r"(?<!\w)'|'(?!\w)", "!", r"(?i)\b(sea|ship|boat|whale)s?\b")}
-TEXTS, NEW = 512, 64   # continuations, and tokens of each
+NEW = 64   # tokens of a continuation
 
 
 @dataclass
@@ -51,7 +51,7 @@ class SuppressionConfig:
     only: str = ""             # one source or expression; empty: all six
     size: int = 256            # prototypes that may detect
     tokens: int = 200000       # training tokens to learn from
-    texts: int = TEXTS         # continuations per side
+    texts: int = 512           # continuations per side
     finetune: int = 60         # steps of the finetuning rival; 0 leaves it out
     price: float = 0.3         # of sources, percent; expressions have 0.5
     train: str = ""            # options of train.py for the models trained without a source
@@ -80,8 +80,9 @@ def places(windows, T, n):
 
 
 def log_pi(model, rows):
-    """Windows (n, T + 1) -> (n, T, V) log softmax of the logits"""
-    return (model.hidden(rows[:, :-1]) @ model.W.T).log_softmax(-1)
+    """Windows (n, T + 1) -> (n T, V) log softmax of the logits"""
+    z = model.hidden(rows[:, :-1]).flatten(0, 1)
+    return (z @ model.W.T).log_softmax(1)
 
 
 # ------------------------------------------- rivals: functions of States to logits, by strength
@@ -145,19 +146,18 @@ def reached(e, is_text):
 
 
 def at_equal_effect(model, s, b, before, change, goal, T, is_text):
-    """Bisection from 1/16 to 16 -> effect at the least strength that reaches the goal, or at 16"""
-    low, high, best = -4.0, 4.0, None
+    """Bisection from 1/16 to 16 -> effect at the least strength that reaches the goal; where none
+    does, at the last one that was tried"""
+    low, high, least = -4.0, 4.0, None
     for _ in range(6):
         middle = (low + high) / 2
         after = measure(model, s, b, functools.partial(change, x=2 ** middle))
         e = effect(s, b, before, after, T)
         if reached(e, is_text) >= goal:
-            high, best = middle, e | {"reached": True}
+            high, least = middle, e
         else:
             low = middle
-            best = best or e | {"reached": False}
-            best = best if best["reached"] else e | {"reached": False}
-    return best
+    return (least or e) | {"reached": least is not None}
 
 
 # ------------------------------------------- whole models: finetuned, relearned
@@ -181,12 +181,9 @@ def finetuned(run, text, lam, steps):
         with torch.no_grad():
             before = log_pi(run.model, rows)
         after = log_pi(model, rows)
-        kl = (before.exp() * (before - after)).sum(-1)
-        y = rows[:2, 1:, None]
-        left = after[:2].gather(2, y).exp().sum()
-        share = left / before[:2].gather(2, y).exp().sum()
+        loss = objective(before, after, rows[:2, 1:].flatten(), lam)
         optimizer.zero_grad()
-        (kl[2:].mean() + lam * share).backward()
+        loss.backward()
         optimizer.step()
     return model.eval().requires_grad_(False)
 
@@ -306,12 +303,8 @@ def measure_model(run, other, b, text, windows):
     parts = []
     for at in windows.split(32):
         rows = text.tokens[places(at, run.T, run.T + 1)]
-        before = log_pi(run.model, rows).flatten(0, 1)
-        after = log_pi(other, rows).flatten(0, 1)
-        y = rows[:, 1:].reshape(-1, 1)
-        loss = -after.gather(1, y)[:, 0]
-        kl = (before.exp() * (before - after)).sum(1)
-        parts.append(torch.stack((loss, after.exp() @ b, kl)))
+        y = rows[:, 1:].flatten()
+        parts.append(figures(log_pi(run.model, rows), log_pi(other, rows), y, b))
     return torch.cat(parts, 1)
 
 
