@@ -463,17 +463,14 @@ def beginnings(run, n, seed):
 
 
 def samples(run, idx, behavior, max_new_tokens, temperature, seed, gains=None):
-    """Continues idx (n, L) -> n pairs (matches that begin in the new tokens, the whole text)."""
+    """Continues idx (n, L), yields n pairs (matches that begin in new tokens, the whole text)."""
     pieces = token_bytes(run.tokenizer, run.model.config.vocab_size)
     pattern = compile_pattern(behavior)
     rows = run.model.generate(idx, max_new_tokens, temperature, seed=seed, gains=gains,
                               n_vocab=run.tokenizer.n_vocab)
-    result = []
     for row in rows.tolist():
         _, onset = marks(row, pattern, pieces)
-        matches = int(onset[idx.size(1):].sum())
-        result.append((matches, run.decode(row)))
-    return result
+        yield int(onset[idx.size(1):].sum()), run.decode(row)
 
 
 def apply(argv):
@@ -496,6 +493,14 @@ def apply(argv):
         print(f" after, {new[0]} matches | {plain(new[1])}")
 
 
+def other_prototypes(edit, seed):
+    """-> ids (n,) of a control: as many as the edit uses, drawn from those that it does not use"""
+    used = edit.w.any(0) | (edit.g != 1)
+    spare = (~used).nonzero()[:, 0]
+    rng = torch.Generator().manual_seed(seed)
+    return spare[torch.randperm(len(spare), generator=rng)[:used.sum().item()]]
+
+
 def sweep(argv):
     cfg = parse_config(SweepConfig, argv)
     run = Run(cfg.out_dir, cfg.device)
@@ -504,12 +509,7 @@ def sweep(argv):
     found, lam = read_facts(cfg.gains)
     b, train, _, test = behavior_states(run, found)
     # teacher-forced, by strength; the control is fitted on as many other prototypes
-    used = edit.w.any(0) | (edit.g != 1)
-    spare = (~used).nonzero()[:, 0]
-    rng = torch.Generator().manual_seed(cfg.seed)
-    drawn = torch.randperm(len(spare), generator=rng)[:used.sum().item()]
-    others = spare[drawn]
-    control = fit(model, train, others, found.mode, lam, cfg.seed)
+    control = fit(model, train, other_prototypes(edit, cfg.seed), found.mode, lam, cfg.seed)
     before = measure(model, test, b)
     rows = []
     for strength in STRENGTHS:

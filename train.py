@@ -138,8 +138,8 @@ def evaluate(model, windows, cfg, rank, ranks, device, autocast):
             if n_proto:
                 m = model.mixture(z)
                 sums[2] += LinearCrossEntropy.apply(m.reconstruction, model.W, y).item()
-                sums[3] += m.residual[keep].float().square().sum().item()
-                sums[4] += z[keep].float().square().sum().item()
+                sums[3] += m.residual[keep].cpu().double().square().sum().item()
+                sums[4] += z[keep].cpu().double().square().sum().item()
                 sums[5 + m.ids[keep][m.gates[keep] > 0].cpu()] = 1
     model.train()
     if ranks > 1:

@@ -1,0 +1,269 @@
+"""Compares a submission's numbers with a key: your own work in a release, or that of others.
+
+    python grader/grade.py . --trusted                         your own files, in this process
+    python grade.py SUBMISSION --out=results.json              as root: in a sandbox
+    python grader/grade.py . --trusted --check=head --seed=12  one check at the seed of a failure
+
+A check is a program of checks.py that returns arrays; the key holds the right ones for its seeds,
+and those of typical mistakes. They are equal if they differ by at most 1e-7 of the largest entry.
+"""
+import argparse
+import io
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import worker
+
+HERE = Path(__file__).resolve().parent
+PRELOAD = ["torch", "torch.func", "tiktoken", "tqdm"]    # imported once, before the sandbox closes
+LARGEST = 2 ** 20                                        # bytes of a submitted file
+OPEN = "no network namespace here: nothing but its user id keeps the submission off the network"
+
+
+class Stop(Exception):
+    """A mistake of whoever grades or builds: one line."""
+
+
+# ------------------------------------------- comparing
+def tolerance(expected):
+    return 1e-7 if expected.dtype == np.float64 else 1e-4         # what holds float32 is float32
+
+
+def difference(found, expected):
+    """Two arrays -> the largest difference as a share of the largest expected entry."""
+    if found.shape != expected.shape or not np.isfinite(found).all():
+        return np.inf
+    if not found.size:
+        return 0.0
+    return np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+def same(found, expected):
+    """{name: array} twice -> whether all agree"""
+    return found.keys() == expected.keys() and all(
+        difference(found[name], expected[name]) <= tolerance(expected[name]) for name in expected)
+
+
+def first_fault(found, expected):
+    """Where two sets of arrays differ, in words"""
+    for name, right in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        mine = found[name]
+        if mine.shape != right.shape:
+            return f"{name} has shape {mine.shape}, expected {right.shape}"
+        if not np.isfinite(mine).all():
+            return f"{name} holds NaN or infinity"
+        off = difference(mine, right)
+        if off > tolerance(right):
+            at = np.unravel_index(np.abs(mine - right).argmax(), mine.shape)
+            place = f"[{', '.join(map(str, at))}]"
+            return f"{name} {mine.shape} is off by {off:.1e} of its largest entry at {place}"
+    return "it returns arrays that nobody asked for"
+
+
+def judge(key, check, arrays):
+    """One check's arrays, "seed/name" -> whether they are right, and what to say if not"""
+    if "error" in arrays:
+        return False, str(arrays["error"])[:400]
+    for seed in map(str, key.seeds[check]):
+        found = {}
+        for name, array in arrays.items():
+            if name.startswith(seed + "/"):
+                found[name.removeprefix(seed + "/")] = array
+        expected = key.arrays[check, seed, ""]
+        if same(found, expected):
+            continue
+        told = [message for mutant, message in key.mutants[check].items()
+                if same(found, key.arrays.get((check, seed, mutant), {}))]
+        why = first_fault(found, expected)
+        if told:
+            why = f"{why}. These are the numbers of this mistake: {' -- or: '.join(told)}"
+        again = f"python grader/grade.py . --trusted --check={check} --seed={seed}"
+        return False, f"{why}. Seed {seed}; to run it again: {again}"
+    return True, ""
+
+
+class Key:
+    """key.json: assignment, files, checks, seeds, messages; key.npz: arrays check/seed/mutant/name."""
+    def __init__(self, folder):
+        facts = json.loads((folder / "key.json").read_text("utf-8"))
+        self.title, self.files, self.limits = facts["title"], facts["files"], facts["limits"]
+        self.checks, self.seeds, self.mutants = facts["checks"], facts["seeds"], facts["mutants"]
+        self.arrays = {}
+        with np.load(folder / "key.npz", allow_pickle=False) as content:
+            for path in content.files:
+                check, seed, mutant, name = path.split("/", 3)
+                self.arrays.setdefault((check, seed, mutant), {})[name] = content[path]
+
+
+# ------------------------------------------- running
+def read_frame(frame, why):
+    """What a worker sent -> {name: array}; "error" if it is not an .npz of numbers"""
+    if why:
+        return {"error": why}
+    try:
+        with np.load(io.BytesIO(frame), allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except Exception:                                    # a forged frame can be anything
+        return {"error": "the answer is no .npz of numbers"}
+
+
+def in_process(key, folder, checks, run):
+    """{check: arrays}, without a sandbox"""
+    found = {"import": worker.answer(folder, key.files, None, [])}
+    if found["import"]:
+        return found
+    return {name: worker.answer(folder, key.files, checks[name], seeds) for name, seeds in run}
+
+
+def project_files():
+    """What a submission must not see: everything of the project that this file lies in"""
+    for folder in HERE.parents:
+        if (folder / "course/course.py").exists():
+            return [str(p) for p in folder.iterdir() if p.name != ".venv"]
+    return []
+
+
+def in_sandbox(key, folder, run):
+    """{check: arrays}, each check in a child of a user of its own; notes on what was not closed"""
+    uid = 50000 + os.getpid() % 10000                    # nobody else's
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chown(scratch, uid, uid)
+        request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, preload=PRELOAD,
+                       scratch=scratch, checks=str(HERE / "checks.py"), hide=project_files(),
+                       run=run)
+        names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
+        clean = {"PATH": "/usr/bin:/bin", "HOME": scratch, "USER": "student"}
+        done = subprocess.run([sys.executable, "-I", str(HERE / "worker.py")], cwd="/",
+                              input=json.dumps(request).encode(), capture_output=True,
+                              env=clean | dict.fromkeys(names, "1"))
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip()[-300:]
+        return {"import": {"error": f"the sandbox failed: {why}"}}, ""
+    stream = io.BytesIO(done.stdout)
+    isolated = json.loads(stream.readline())["isolated"]
+    if request["hide"] and not isolated:
+        raise Stop("the project's source cannot be hidden from the submission here; grade where "
+                   "the project is not, or as root of the machine, or with --trusted")
+    found = {}
+    for line in stream:
+        facts = json.loads(line)
+        found[facts["check"]] = read_frame(stream.read(facts["size"]), facts["why"])
+    return found, "" if isolated else OPEN
+
+
+def assemble(key, submission, folder):
+    """The kept files of the assignment, and over them the submitted ones -> in `folder`"""
+    shutil.copytree(HERE / "files", folder, dirs_exist_ok=True)
+    for name in key.files:
+        path = Path(submission) / name
+        if not path.exists():
+            path = Path(submission) / Path(name).name    # all uploaded side by side
+        if not path.exists():
+            return f"{name} is missing from the submission"
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode) or path.stat().st_size > LARGEST:
+            return f"{name} is no file of at most {LARGEST:,} bytes"
+        (folder / name).write_bytes(path.read_bytes())
+    return ""
+
+
+def grade(key, submission, run, trusted):
+    """-> {check: arrays}, a note"""
+    checks = worker.programs(HERE / "checks.py")
+    if trusted and not (HERE / "files").exists():        # a release: the folder is complete
+        return in_process(key, submission, checks, run), ""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        problem = assemble(key, submission, Path(folder))
+        if problem:
+            return {"import": {"error": problem}}, ""
+        if trusted:
+            return in_process(key, folder, checks, run), ""
+        return in_sandbox(key, folder, run)
+
+
+# ------------------------------------------- reporting
+def results(key, found, note):
+    """{check: arrays} -> what Gradescope reads as results.json"""
+    broken = found.get("import", {}).get("error")
+    tests = []
+    for check in key.checks:
+        name, points = check["name"], check["points"]
+        if broken is not None:
+            right, why = False, f"nothing was run: {broken}"
+        else:
+            arrays = found.get(name, {"error": "not run"})
+            right, why = judge(key, name, arrays)
+        tests.append({"name": f"{name}: {check['what']}", "max_score": points,
+                      "score": points if right else 0, "output": why,
+                      "status": "passed" if right else "failed"})
+    score = sum(test["score"] for test in tests)
+    return {"score": score, "output": note or key.title, "output_format": "text", "tests": tests}
+
+
+def table(result):
+    """results() for a person"""
+    lines = [result["output"]]
+    for test in result["tests"]:
+        lines.append(f"{test['score']:>3} of {test['max_score']:<3} {test['name']}")
+        if test["output"]:
+            lines.append(f"           {test['output']}")
+    most = sum(test["max_score"] for test in result["tests"])
+    return "\n".join([*lines, f"{result['score']:>3} of {most}"])
+
+
+def write(path, result):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(result, indent=1), "utf-8")
+    os.replace(temporary, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("submission", help="the folder with the submitted files")
+    parser.add_argument("--out", help="write results.json, as Gradescope reads it")
+    parser.add_argument("--trusted", action="store_true", help="no sandbox: only for your own work")
+    parser.add_argument("--check", help="run only this one")
+    parser.add_argument("--seed", type=int, help="with this seed, and print its arrays")
+    options = parser.parse_args()
+    key = Key(HERE)
+    run = [(c["name"], key.seeds[c["name"]]) for c in key.checks]
+    if options.check:
+        run = [(name, seeds) for name, seeds in run if name == options.check]
+    if not run or not Path(options.submission).is_dir():
+        names = ", ".join(check["name"] for check in key.checks)
+        raise Stop(f"expected a folder and one of the checks {names}")
+    if not options.trusted and os.geteuid():
+        raise Stop("grading others' work needs root, for a user id of its own; or --trusted")
+    if options.seed is not None:
+        run = [(name, [options.seed]) for name, _ in run]
+        found, _ = grade(key, options.submission, run, options.trusted)
+        for name, array in [item for arrays in found.values() for item in arrays.items()]:
+            print(f"{name} {array.shape}\n{array}")
+        return
+    if not options.trusted:
+        for path in HERE.glob("key.*"):                  # the submission's user cannot read these
+            path.chmod(0o600)
+    found, note = grade(key, options.submission, run, options.trusted)
+    key.checks = [check for check in key.checks if check["name"] in dict(run)]
+    result = results(key, found, note)
+    print(table(result))
+    if options.out:
+        write(options.out, result)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (Stop, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,204 @@
+"""Runs checks on a submission: in this process, or in a sandbox. Only arrays come back.
+
+    python -I worker.py < request.json > frames        started by grade.py, as root
+
+The sandbox: a nursery that runs no foreign code imports numpy and torch and forks a child for each
+check. The child becomes a user of its own, with limits and without a network, and only then imports
+the submission. What it writes to its pipe is an .npz; whatever it leaves running is killed.
+"""
+import ctypes
+import importlib
+import io
+import json
+import os
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+MOST = 2 ** 24                                           # bytes of a frame
+LIMITS = {"RLIMIT_AS": 2 ** 33, "RLIMIT_NPROC": 64, "RLIMIT_FSIZE": MOST, "RLIMIT_CORE": 0,
+          "RLIMIT_NOFILE": 256}
+SUBREAPER, NO_NEW_PRIVS = 36, 38                         # of prctl
+NEW_MOUNT, NEW_IPC, NEW_NET = 0x00020000, 0x08000000, 0x40000000
+PRIVATE, BIND = 0x44000, 0x1000                          # of mount
+
+
+# ------------------------------------------- a check, in whatever process
+def programs(path):
+    """A file of checks -> {name: check}"""
+    found = {}
+    sys.path.append(str(Path(__file__).resolve().parent))         # inputs.py
+    exec(compile(path.read_text("utf-8"), path.name, "exec"), found)
+    return found
+
+
+def load(folder, files):
+    """Imports the files of a folder, anew -> namespace of modules by their names."""
+    folder = Path(folder).resolve()
+    sys.dont_write_bytecode = True
+    for path in folder.rglob("*.py"):
+        sys.modules.pop(path.stem, None)
+    places = [str(folder), str(folder / "experiments/attribution")]
+    sys.path[:] = places + [place for place in sys.path if place not in places]
+    importlib.invalidate_caches()
+    names = [Path(file).stem for file in files]
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+def describe(error, folder):
+    """An exception -> one line with the file and line of the submission where it was raised."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if name.startswith(str(Path(folder).resolve())):
+            place = f"{Path(name).name}, line {trace.tb_lineno}: "
+        trace = trace.tb_next
+    if isinstance(error, NotImplementedError):
+        return f"{place}not written yet"
+    if isinstance(error, SyntaxError):
+        place = f"{Path(error.filename or '').name}, line {error.lineno}: "
+    words = " ".join(f"{type(error).__name__}: {error}".split())
+    return place + re.sub("0x[0-9a-f]+", "0x...", words)[:300]
+
+
+def numbers(value):
+    """A tensor, array or number -> array of float64, or of float32 where it is that."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"expected an array of numbers, found one of {array.dtype}")
+    return array if array.dtype == np.float32 else array.astype(np.float64)
+
+
+def answer(folder, files, check, seeds):
+    """Runs check(modules, rng) with each seed -> {"seed/name": array}, or {"error": text}"""
+    import torch
+    arrays = {}
+    try:
+        modules = load(folder, files)
+        for seed in seeds:
+            torch.manual_seed(seed)
+            for name, value in check(modules, np.random.default_rng(seed)).items():
+                arrays[f"{seed}/{name}"] = numbers(value)
+    except BaseException as error:                       # sys.exit and recursion too
+        return {"error": np.array(describe(error, folder))}
+    return arrays
+
+
+# ------------------------------------------- the sandbox
+def isolate(hide):
+    """A mount and a network namespace of our own, in which these paths are empty -> done or not"""
+    libc = ctypes.CDLL(None)
+    libc.prctl(SUBREAPER, 1, 0, 0, 0)                    # orphans become ours, to be waited for
+    if libc.unshare(NEW_MOUNT | NEW_IPC | NEW_NET):
+        return False
+    failed = libc.mount(b"none", b"/", None, PRIVATE, None)
+    for path in hide:
+        if os.path.isdir(path):
+            failed |= libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, b"mode=000")
+        else:
+            failed |= libc.mount(b"/dev/null", path.encode(), None, BIND, None)
+    return not failed
+
+
+def confine(uid, scratch, pipe):
+    """From root to the user `uid`, for ever: no files but a null device and the pipe, 3."""
+    import resource                                      # not on Windows
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.dup2(pipe, 3)
+    os.closerange(4, 1024)
+    for name, most in LIMITS.items():
+        resource.setrlimit(getattr(resource, name), (most, most))
+    os.chdir(scratch)
+    ctypes.CDLL(None).prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+
+
+def sweep(uid):
+    """Kills all that the user `uid` runs, at once, and waits for it."""
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(uid)
+        try:
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    try:
+        while True:
+            os.waitpid(-1, 0)
+    except ChildProcessError:
+        return
+
+
+def receive(pipe, seconds):
+    """Reads a frame to its end -> bytes, and what went wrong, or "" """
+    frame, end = b"", time.monotonic() + seconds
+    while select.select([pipe], [], [], max(0, end - time.monotonic()))[0]:
+        part = os.read(pipe, 2 ** 16)
+        frame += part
+        if not part:
+            return frame, "" if frame else "the process ended without an answer"
+        if len(frame) > MOST:
+            return b"", "the answer is too long"
+    return b"", f"no answer within {seconds:.0f} seconds"
+
+
+def in_child(request, check, seeds, seconds):
+    """answer() in a child of its own user -> its frame, and what went wrong"""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            confine(request["uid"], request["scratch"], writer)
+            frame = io.BytesIO()
+            np.savez(frame, **answer(request["folder"], request["files"], check, seeds))
+            with open(3, "wb") as f:
+                f.write(frame.getbuffer())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    frame, why = receive(reader, seconds)
+    sweep(request["uid"])
+    os.close(reader)
+    return frame, why
+
+
+def say(facts, frame=b""):
+    """A line of JSON with the length of what follows it."""
+    sys.stdout.buffer.write(json.dumps(facts | {"size": len(frame)}).encode() + b"\n" + frame)
+    sys.stdout.buffer.flush()
+
+
+def nursery():
+    request = json.load(sys.stdin)
+    for name in request["preload"]:
+        importlib.import_module(name)
+    checks = programs(Path(request["checks"]))
+    isolated = isolate(request["hide"])
+    say({"isolated": isolated})
+    if request["hide"] and not isolated:
+        return
+    end = time.monotonic() + request["total"]
+    for name, seeds in [["import", []], *request["run"]]:
+        left = min(request["seconds"], end - time.monotonic())
+        frame, why = in_child(request, checks.get(name), seeds, left) if left > 0 else (
+            b"", f"not run: the {request['total']} seconds of this submission were over")
+        say({"check": name, "why": why}, frame)
+        if name == "import" and (why or b"error.npy" in frame):
+            return                                       # once, not once a check
+
+
+if __name__ == "__main__":
+    nursery()
