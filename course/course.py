@@ -255,7 +255,7 @@ def make_key(assignment, year, seeds_of, count, redraw=True):
             if len(seeds[check.name]) == count:
                 break
     rows = [dict(name=check.name, points=check.points, what=check.what) for check in checks]
-    facts = dict(title=f"{assignment}, {year or 'as published'}", files=names, limits=LIMITS,
+    facts = dict(title=f"{assignment}, {year or 'as published'}", files=names, limits=LIMITS, project="",
                  checks=rows, seeds=seeds, mutants=messages)
     return facts, arrays
 
@@ -308,6 +308,7 @@ def autograder(assignment, year, out):
     """What grades: kept files, checks and the key of secret seeds; and a zip for Gradescope"""
     folder = fresh(out / f"{assignment}-{year or 'published'}-grader")
     facts, arrays = make_key(assignment, year, secret_seeds, HIDDEN_SEEDS)
+    facts["project"] = str(ROOT)                         # hidden, where it is on the same machine
     shutil.rmtree(folder)
     write_grader(folder, assignment, facts, arrays)
     write_files(folder / "files", stubbed(assignment, year))

@@ -8,6 +8,7 @@ A check is a program of checks.py that returns arrays; the key holds the right o
 and those of typical mistakes. They are equal if they differ by at most 1e-7 of the largest entry.
 """
 import argparse
+import ast
 import io
 import json
 import os
@@ -16,13 +17,13 @@ import stat
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import worker
 
 HERE = Path(__file__).resolve().parent
-PRELOAD = ["torch", "torch.func", "tiktoken", "tqdm"]    # imported once, before the sandbox closes
 LARGEST = 2 ** 20                                        # bytes of a submitted file
 OPEN = "no network namespace here: nothing but its user id keeps the submission off the network"
 
@@ -97,6 +98,7 @@ class Key:
         facts = json.loads((folder / "key.json").read_text("utf-8"))
         self.title, self.files, self.limits = facts["title"], facts["files"], facts["limits"]
         self.checks, self.seeds, self.mutants = facts["checks"], facts["seeds"], facts["mutants"]
+        self.project = facts["project"]
         self.arrays = {}
         with np.load(folder / "key.npz", allow_pickle=False) as content:
             for path in content.files:
@@ -110,6 +112,9 @@ def read_frame(frame, why):
     if why:
         return {"error": why}
     try:
+        sizes = [part.file_size for part in zipfile.ZipFile(io.BytesIO(frame)).infolist()]
+        if sum(sizes) > worker.MOST:
+            return {"error": "the answer is too long"}
         with np.load(io.BytesIO(frame), allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
     except Exception:                                    # a forged frame can be anything
@@ -124,12 +129,24 @@ def in_process(key, folder, checks, run):
     return {name: worker.answer(folder, key.files, checks[name], seeds) for name, seeds in run}
 
 
-def project_files():
-    """What a submission must not see: everything of the project that this file lies in"""
-    for folder in HERE.parents:
-        if (folder / "course/course.py").exists():
-            return [str(p) for p in folder.iterdir() if p.name != ".venv"]
-    return []
+def modules_used():
+    """The modules that the kept files import, to be imported once, before the sandbox closes"""
+    found = {"torch.func"}
+    for path in (HERE / "files").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+    return sorted(found)
+
+
+def project_files(project):
+    """What a submission must not see: the project that the key was made of, if it is still here"""
+    folder = Path(project)
+    if not (folder / "course/course.py").exists():
+        return []
+    return [str(p) for p in folder.iterdir() if p.name != ".venv"]
 
 
 def in_sandbox(key, folder, run):
@@ -137,8 +154,8 @@ def in_sandbox(key, folder, run):
     uid = 50000 + os.getpid() % 10000                    # nobody else's
     with tempfile.TemporaryDirectory() as scratch:
         os.chown(scratch, uid, uid)
-        request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, preload=PRELOAD,
-                       scratch=scratch, checks=str(HERE / "checks.py"), hide=project_files(),
+        request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, preload=modules_used(),
+                       scratch=scratch, checks=str(HERE / "checks.py"), hide=project_files(key.project),
                        run=run)
         names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
         clean = {"PATH": "/usr/bin:/bin", "HOME": scratch, "USER": "student"}

@@ -6,6 +6,7 @@ The sandbox: a nursery that runs no foreign code imports numpy and torch and for
 check. The child becomes a user of its own, with limits and without a network, and only then imports
 the submission. What it writes to its pipe is an .npz; whatever it leaves running is killed.
 """
+import contextlib
 import ctypes
 import importlib
 import io
@@ -100,12 +101,28 @@ def isolate(hide):
     if libc.unshare(NEW_MOUNT | NEW_IPC | NEW_NET):
         return False
     failed = libc.mount(b"none", b"/", None, PRIVATE, None)
-    for path in hide:
+    failed |= open_python(libc)
+    for path in filter(os.path.exists, hide):
         if os.path.isdir(path):
             failed |= libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, b"mode=000")
         else:
             failed |= libc.mount(b"/dev/null", path.encode(), None, BIND, None)
     return not failed
+
+
+def open_python(libc):
+    """Python may lie in somebody's home, closed to others: there nothing but Python remains."""
+    failed, places = 0, {}
+    for place in map(Path, {sys.prefix, sys.base_prefix}):
+        closed = [p for p in place.parents if not p.stat().st_mode & 1]
+        if closed:
+            places[place] = closed[-1], os.open(place, os.O_PATH)
+    for top in {top for top, _ in places.values()}:
+        failed |= libc.mount(b"tmpfs", bytes(top), b"tmpfs", 0, b"mode=755")
+    for place, (_, number) in places.items():
+        place.mkdir(parents=True, exist_ok=True)
+        failed |= libc.mount(b"/proc/self/fd/%d" % number, bytes(place), None, BIND, None)
+    return failed
 
 
 def confine(uid, scratch, pipe):
@@ -183,8 +200,9 @@ def say(facts, frame=b""):
 
 def nursery():
     request = json.load(sys.stdin)
-    for name in request["preload"]:
-        importlib.import_module(name)
+    for name in request["preload"]:                      # the user may not be able to read them
+        with contextlib.suppress(ImportError):           # our own files are not found here
+            importlib.import_module(name)
     checks = programs(Path(request["checks"]))
     isolated = isolate(request["hide"])
     say({"isolated": isolated})
