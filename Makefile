@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # glibc keeps freed memory with these two: a training step on a CPU takes a tenth less
 RUN = MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=2147483647 .venv/bin/python
-.PHONY: demo test clean
+.PHONY: demo test clean release autograder course-check
 .DELETE_ON_ERROR:
 
 demo: .venv/ready
@@ -27,6 +27,12 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(RUN) -m pytest -q tests
+
+release autograder: .venv/ready  # make release A=a1 YEAR=2027; see course/README.md
+	$(RUN) course/course.py $@ $(A) --year=$(or $(YEAR),0)
+
+course-check: .venv/ready
+	$(RUN) tests/prove_course.py
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed')"

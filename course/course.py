@@ -1,8 +1,7 @@
-"""Assignments from the project's own files: releases, keys, autograders, and the proof of them.
+"""Assignments from the project's own files: releases for students, autograders with secret keys.
 
     python course/course.py release a1 --year=2027       out/course/a1-2027: the student's folder
     python course/course.py autograder a1 --year=2027    out/course/a1-2027-grader, and its zip
-    python course/course.py check                        all mutants of all assignments, 10 seeds
 
 An assignment is a folder of three files: handout.md, whose table names the checks, their points and
 the functions to be written; checks.py, a program per check; mistakes.txt, patches of the source:
@@ -34,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 import worker  # noqa: E402
-from grade import Key, Stop, difference, judge, results, tolerance  # noqa: E402
+from grade import Stop, difference, tolerance  # noqa: E402
 
 ASSIGNMENTS = "a1", "a2", "a3", "a4"
 KEPT = ["prism.py", "common.py", "train.py", "sample.py", "data/prepare.py", "requirements.txt"]
@@ -43,7 +42,7 @@ MORE = {"a3": ["attribute.py", "suppress.py", *[f"experiments/{name}" for name i
         "a4": ["suppress.py"]}
 PUBLIC_SEEDS, HIDDEN_SEEDS = [1, 2], 3
 APART = 100                                              # tolerances between a mistake and the key
-LIMITS = {"seconds": 10, "total": 45}                    # for a check, and for a submission
+LIMITS = {"seconds": 10, "total": 45, "file_bytes": 2 ** 24}      # a check's, and of all
 
 
 class Check(NamedTuple):
@@ -318,107 +317,67 @@ def autograder(assignment, year, out):
     print(f"{folder}: sudo python {folder}/grade.py SUBMISSION; {folder}.zip is for Gradescope")
 
 
-# ------------------------------------------- the proof
-def score(key, files, assignment):
-    """Points that {file: text} gets, and how many there are"""
-    found, program = {}, programs(assignment)
-    for name, seeds in key.seeds.items():
-        found[name] = run(files, key.files, program[name], seeds)
-    result = results(key, found, "")
-    return result["score"], sum(check["points"] for check in key.checks)
+# ------------------------------------------- A5
+def fill(folder, run):
+    """The whole project, a trained model and its text, and the baseline as score.py"""
+    names = KEPT + ["attribute.py", "suppress.py", "report.py"]
+    names += [str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/**/*.py")]
+    write_files(folder, {name: (ROOT / name).read_text("utf-8") for name in names})
+    shutil.copytree(run.folder, folder / "data/pydoc512", dirs_exist_ok=True)
+    (folder / "run").mkdir()
+    for name in ("ckpt.pt", "tokenizer.json", "tokenizer.tiktoken"):
+        shutil.copy(run.out_dir / name, folder / "run")
+    shutil.copy(HERE / "a5/score.py", folder)
 
 
-def kept_key(assignment, year, seeds_of, count, redraw=True):
-    """make_key() through the files, as a grader reads it -> Key"""
-    with tempfile.TemporaryDirectory() as folder:
-        facts, arrays = make_key(assignment, year, seeds_of, count, redraw)
-        write_grader(Path(folder) / "key", assignment, facts, arrays)
-        return Key(Path(folder) / "key")
-
-
-def leftovers(files, stubs):
-    """Cut lines of over 25 characters that still stand in the stubbed files, and in no function or
-    table that was kept -> [line]"""
-    kept = "\n".join(stubs.values())
-    found = []
-    for name, text in files.items():
-        gone = set(text.splitlines()) - set(stubs[name].splitlines())
-        found += [line for line in gone if len(line.strip()) > 25 and line.strip() in kept]
-    return found
-
-
-def prove_mistakes(assignment, key, n):
-    """Each mistake at the key's seeds -> rows: the least distance in tolerances, and what is said"""
-    files, program, rows = source(assignment), programs(assignment), []
-    for mistake in read_mistakes(assignment):
-        if mistake.check == "variant":
-            continue
-        check, seeds = mistake.check, key.seeds[mistake.check]
-        found = run(patched(files, mistake), key.files, program[check], seeds)
-        right, said = judge(key, check, found)
-        least = None
-        if "error" not in found:
-            apart = []
-            for seed in map(str, seeds):
-                mine = {k: v for k, v in found.items() if k.startswith(seed + "/")}
-                expected = key.arrays[check, seed, ""]
-                apart.append(distance(mine, {f"{seed}/{k}": v for k, v in expected.items()}))
-            least = float(min(apart))
-        rows.append(dict(assignment=assignment, check=check, mistake=mistake.name, tolerances=least,
-                         crash=said if least is None else "", told=mistake.message in said,
-                         only=" -- or: " not in said, right=right))
-    return rows
-
-
-def verify(assignments, n=10):
-    """Every claim of course/README.md about checks, for each assignment; writes them down."""
-    rows, facts = [], {}
-    for assignment in assignments:
-        checks, files = read_checks(assignment), source(assignment)
-        stubs = cut(files, checks)
-        if completed(stubs, files, checks) != files:
-            raise Stop(f"{assignment}: a completed release is not the source")
-        key = kept_key(assignment, 0, secret_seeds, n, redraw=False)
-        mine = prove_mistakes(assignment, key, n)
-        rows += mine
-        facts[assignment] = dict(
-            reference=score(key, files, assignment),
-            blank=score(key, stubs, assignment),
-            leftovers=leftovers(files, stubs),
-            pasted={})
-        for year, variant in enumerate(variants(assignment)):
-            changed = cut(source(assignment, variant), checks)
-            pasted = completed(changed, files, checks)
-            this = kept_key(assignment, len(variants(assignment)) + year, secret_seeds, 2)
-            facts[assignment]["pasted"][variant.name] = score(this, pasted, assignment)
-        for row in mine:
-            weak = row["tolerances"] is not None and row["tolerances"] < APART
-            if weak or not (row["told"] and row["only"] or row["crash"]):
-                print(row)
-        print(assignment, len(mine), "mistakes", facts[assignment], flush=True)
-    if len(assignments) > 1:
-        text = json.dumps(dict(seeds=n, assignments=facts, mistakes=rows), indent=1)
-        (HERE / "verified.json").write_text(text, "utf-8")
+def research(board_file, work, out, name):
+    """A5: a release if the board is the published one; else a grader with secret halves"""
+    sys.path.append(str(HERE / "a5"))
+    import board
+    run, folder = board.base_run(work), fresh(out / name)
+    with np.load(board_file, allow_pickle=False) as content:
+        if content["text"] != run.ckpt["data"]:
+            raise Stop(f"{board_file} was made of another Python's documentation; make your own: "
+                       "python course/a5/board.py train")
+        queries = content["queries"]
+    is_grader = name.endswith("grader")
+    files, grader = (folder / "files", folder) if is_grader else (folder, folder / "grader")
+    for place in (files, grader):
+        place.mkdir(exist_ok=True)
+    fill(files, run)
+    np.save(files / "queries.npy", queries)
+    for path in ("grade.py", "worker.py", "inputs.py", "a5/board.py", "a5/checks.py"):
+        shutil.copy(HERE / path, grader)
+    shutil.copy(board_file, grader / "board.npz")
+    facts = dict(files=["score.py"], limits=board.LIMITS, project=str(ROOT) if is_grader else "")
+    (grader / "key.json").write_text(json.dumps(facts), "utf-8")
+    if not is_grader:
+        shutil.copy(HERE / "a5/handout.md", folder / "HANDOUT.md")
+        make = (HERE / "student.mk").read_text("utf-8")
+        (folder / "Makefile").write_text(make.replace("grade.py .", "board.py score ."), "utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["release", "autograder", "check"])
-    parser.add_argument("assignment", nargs="?", choices=ASSIGNMENTS, help="all, for check")
+    parser.add_argument("command", choices=["release", "autograder"])
+    parser.add_argument("assignment", choices=[*ASSIGNMENTS, "a5"])
     parser.add_argument("--year", type=int, default=0, help="its convention; 0: as published")
     parser.add_argument("--out", type=Path, default=ROOT / "out/course")
+    parser.add_argument("--board", type=Path, default=HERE / "a5/board.npz", help="A5's halves")
+    parser.add_argument("--work", type=Path, default=Path("out-board"), help="A5's trained models")
     options = parser.parse_args()
-    if options.command == "check":
-        verify([options.assignment] if options.assignment else ASSIGNMENTS)
-    elif not options.assignment:
-        raise Stop(f"expected an assignment: {', '.join(ASSIGNMENTS)}")
-    else:
-        command = {"release": release, "autograder": autograder}[options.command]
-        command(options.assignment, options.year, options.out)
+    if options.assignment == "a5":
+        name = "a5" if options.command == "release" else "a5-grader"
+        research(options.board, options.work, options.out, name)
+        return
+    command = {"release": release, "autograder": autograder}[options.command]
+    command(options.assignment, options.year, options.out)
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["check"]:  # TEMPORARY
+        sys.exit(subprocess.call([sys.executable, str(ROOT / "tests/prove_course.py"), *sys.argv[2:]]))
     try:
         main()
     except (Stop, OSError) as error:

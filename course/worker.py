@@ -23,8 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 
 MOST = 2 ** 24                                           # bytes of a frame
-LIMITS = {"RLIMIT_AS": 2 ** 33, "RLIMIT_NPROC": 64, "RLIMIT_FSIZE": MOST, "RLIMIT_CORE": 0,
-          "RLIMIT_NOFILE": 256}
+LIMITS = {"RLIMIT_AS": 2 ** 33, "RLIMIT_NPROC": 64, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 SUBREAPER, NO_NEW_PRIVS = 36, 38                         # of prctl
 NEW_MOUNT, NEW_IPC, NEW_NET = 0x00020000, 0x08000000, 0x40000000
 PRIVATE, BIND = 0x44000, 0x1000                          # of mount
@@ -43,9 +42,10 @@ def load(folder, files):
     """Imports the files of a folder, anew -> namespace of modules by their names."""
     folder = Path(folder).resolve()
     sys.dont_write_bytecode = True
-    for path in folder.rglob("*.py"):
-        sys.modules.pop(path.stem, None)
-    places = [str(folder), str(folder / "experiments/attribution")]
+    places = [str(folder), str(folder / "experiments"), str(folder / "experiments/attribution")]
+    for place in places:
+        for path in Path(place).glob("*.py"):
+            sys.modules.pop(path.stem, None)
     sys.path[:] = places + [place for place in sys.path if place not in places]
     importlib.invalidate_caches()
     names = [Path(file).stem for file in files]
@@ -125,8 +125,8 @@ def open_python(libc):
     return failed
 
 
-def confine(uid, scratch, pipe):
-    """From root to the user `uid`, for ever: no files but a null device and the pipe, 3."""
+def confine(request, pipe):
+    """From root to the request's user, for ever: no files but a null device and the pipe, 3."""
     import resource                                      # not on Windows
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
@@ -134,13 +134,13 @@ def confine(uid, scratch, pipe):
         os.dup2(null, number)
     os.dup2(pipe, 3)
     os.closerange(4, 1024)
-    for name, most in LIMITS.items():
+    for name, most in (LIMITS | {"RLIMIT_FSIZE": request["file_bytes"]}).items():
         resource.setrlimit(getattr(resource, name), (most, most))
-    os.chdir(scratch)
+    os.chdir(request["scratch"])
     ctypes.CDLL(None).prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
     os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
+    os.setgid(request["uid"])
+    os.setuid(request["uid"])
 
 
 def sweep(uid):
@@ -178,7 +178,7 @@ def in_child(request, check, seeds, seconds):
     pid = os.fork()
     if pid == 0:
         try:
-            confine(request["uid"], request["scratch"], writer)
+            confine(request, writer)
             frame = io.BytesIO()
             np.savez(frame, **answer(request["folder"], request["files"], check, seeds))
             with open(3, "wb") as f:

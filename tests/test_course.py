@@ -44,7 +44,7 @@ ATTACKS = {
                          "os._exit(0)",
     "endless frame": "import os\nwhile True: os.write(3, b'x' * 65536)",
     "zip bomb": "import os, io, numpy as np\nf = io.BytesIO()\n"
-                "np.savez_compressed(f, sum=np.zeros(10 ** 8))\nos.write(3, f.getvalue())\n"
+                "np.savez_compressed(f, sum=np.zeros(10 ** 7))\nos.write(3, f.getvalue())\n"
                 "os._exit(0)",
     "patched torch": "import numpy as np\ntorch.allclose = torch.equal = lambda *a, **k: True\n"
                      "np.abs = np.isfinite = lambda *a: np.zeros(1)\nreturn args[0]",

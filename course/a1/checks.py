@@ -74,3 +74,18 @@ def gate_parts(m, rng):
     parts, writes = m.sample.gate_ledger(model, idx, i)
     found = {f"part {name}": part for name, part in parts.items()}
     return found | {f"write {name}": write for name, write in writes.items()}
+
+
+def oracle_slices_add_up(m, rng):
+    e = model_of(m.prism, rng).explain(integers(rng, 11, 2, 8), gains=1 + normal(rng, 7))
+    return {"logit": torch.stack((e.contributions.sum(-1) + e.residual + e.edits, e.logit))}
+
+
+def oracle_finite_differences(m, rng):
+    z, p, step = normal(rng, 20, 6), normal(rng, 7, 6).requires_grad_(), 1e-6 * normal(rng, 7, 6)
+
+    def length(p):
+        return m.prism.prototype_head(z, p, 3).residual.square().sum()
+    slope = (torch.autograd.grad(length(p), p)[0] * step).sum()
+    rise = (length(p + step) - length(p - step)).detach() / 2
+    return {"slope": torch.stack((slope, rise)).float()}          # differences are not exact

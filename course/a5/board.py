@@ -1,6 +1,6 @@
 """A5's board: document scores against real retraining on secret halves, beside baselines.
 
-    python course/a5/board.py train --seed=7 --work=out-board     32 halves: an hour, resumable
+    python course/a5/board.py train --seed=7 --out=secret.npz     32 halves: an hour, resumable
     python grader/board.py score . --trusted                      your own score.py
     python board.py score SUBMISSION --out=results.json           as root: in the sandbox
     python board.py table name=results.json ... --out=board.html  all submissions, the best first
@@ -29,12 +29,17 @@ from tools import trained  # noqa: E402
 from common import Run, atomic  # noqa: E402
 
 BASELINES = "block", "ekfac", "gradient"                          # the first is to be beaten
-LIMITS = {"seconds": 480, "total": 480}
+LIMITS = {"seconds": 450, "total": 450, "file_bytes": 2 ** 30}
 
 
-def train(seed, work, models=32, repeats=8, n_queries=128):
-    """Trains the halves, scores the baselines, and writes board.npz beside this file."""
-    run = Run(trained(work / "all", "--dataset=pydoc512", "--seed=1", *TRAIN.split()), "cpu")
+def base_run(work):
+    """The run of one model of all text"""
+    return Run(trained(work / "all", "--dataset=pydoc512", "--seed=1", *TRAIN.split()), "cpu")
+
+
+def train(seed, work, out, models=32, repeats=8, n_queries=128):
+    """Trains the halves, scores the baselines, and writes a board."""
+    run = base_run(work)
     rng = np.random.default_rng(seed)
     D = len(run.titles)
     kept = np.stack([rng.permutation(D) < D // 2 for _ in range(models)])
@@ -51,7 +56,7 @@ def train(seed, work, models=32, repeats=8, n_queries=128):
         scores, _ = ask(run.out_dir, run, name, queries, work / "scores")
         r, without = correlations(scores, kept, np.stack(losses))
         board |= {f"{name}/r": np.float32(r), f"{name}/without": np.float32(without)}
-    with atomic(HERE / "board.npz") as f:
+    with atomic(out) as f:
         np.savez_compressed(f, **board)
 
 
@@ -66,7 +71,7 @@ def score(submission, trusted, out):
     """Runs a submission and compares its scores with the losses -> results.json"""
     with np.load(HERE / "board.npz", allow_pickle=False) as content:
         board = dict(content)
-    key = SimpleNamespace(files=["score.py"], limits=LIMITS)
+    key = SimpleNamespace(**json.loads((HERE / "key.json").read_text("utf-8")))
     if not trusted:
         (HERE / "board.npz").chmod(0o600)
     found, note = grade.grade(key, submission, [("board", [0])], trusted)
@@ -125,10 +130,10 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the halves: keep it secret")
     parser.add_argument("--work", type=Path, default=Path("out-board"), help="models and scores")
     parser.add_argument("--trusted", action="store_true", help="no sandbox: only for your own work")
-    parser.add_argument("--out", help="results.json, or a page for table")
+    parser.add_argument("--out", help="a board, results.json, or a page for table")
     options = parser.parse_args()
     if options.command == "train":
-        train(options.seed, options.work)
+        train(options.seed, options.work, options.out or HERE / "board.npz")
     elif options.command == "table":
         table(options.words, options.out)
     else:
