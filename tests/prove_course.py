@@ -2,18 +2,23 @@
 
     python tests/prove_course.py         all assignments, minutes; writes course/verified.json
     python tests/prove_course.py a1      one of them
+    python tests/prove_course.py drift numbers.npz     the first call writes the reference's numbers
+                                                       at 5 seeds; others, elsewhere, compare theirs
 """
 import json
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "course"))
 from course import (APART, ASSIGNMENTS, completed, cut, distance, make_key, patched,  # noqa: E402
                     programs, read_checks, read_mistakes, run, secret_seeds, source, variants,
-                    write_grader)
-from grade import Key, Stop, judge, results  # noqa: E402
+                    submitted, write_grader)
+from grade import Key, Stop, difference, judge, results  # noqa: E402
 
 
 def score(key, files, assignment):
@@ -98,8 +103,30 @@ def verify(assignments, n=10):
         (ROOT / "course/verified.json").write_text(text, "utf-8")
 
 
+def drift(path):
+    """The largest difference of the reference's float64 numbers from those in a file"""
+    numbers = {}
+    for assignment in ASSIGNMENTS:
+        checks, files = read_checks(assignment), source(assignment)
+        for check in checks:
+            program = programs(assignment)[check.name]
+            found = run(files, submitted(checks), program, [1, 2, 3, 4, 5])
+            numbers |= {f"{assignment}/{check.name}/{name}": a for name, a in found.items()}
+    if not Path(path).exists():
+        np.savez(path, **numbers)
+        return
+    kept = dict(np.load(path, allow_pickle=False))
+    off = {name: difference(numbers[name], kept[name]) for name in kept}
+    worst = sorted(off, key=off.get)[::-1]
+    double = [name for name in worst if kept[name].dtype == np.float64]
+    print(f"{torch.__version__}, Python {sys.version.split()[0]}, {torch.get_num_threads()} threads:"
+          f" float64 {off[double[0]]:.1e} ({double[0]}), all {off[worst[0]]:.1e} ({worst[0]})")
+
+
 if __name__ == "__main__":
     try:
+        if sys.argv[1:2] == ["drift"]:
+            sys.exit(drift(sys.argv[2]))
         verify(sys.argv[1:] or ASSIGNMENTS)
     except (Stop, OSError) as error:
         sys.exit(f"error: {error}")
