@@ -1,7 +1,7 @@
 """Assignments from the project's own files: releases for students, autograders with secret keys.
 
     python course/course.py release a1 --year=2027       out/course/a1-2027: the student's folder
-    python course/course.py autograder a1 --year=2027    out/course/a1-2027-grader, and its zip
+    python course/course.py autograder a1 --year=2027    out/course/a1-2027-grader, with a zip
 
 An assignment is a folder of three files: handout.md, whose table names the checks, their points and
 the functions to be written; checks.py, a program per check; mistakes.txt, patches of the source:
@@ -16,8 +16,10 @@ does not pay. A patch that does not fit stops the build and is named.
 """
 import argparse
 import ast
+import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
 import shutil
@@ -40,7 +42,7 @@ KEPT = ["prism.py", "common.py", "train.py", "sample.py", "data/prepare.py", "re
 REFIT = "tools.py", "attribution/refit.py", "attribution/curvature.py", "attribution/rivals.py"
 MORE = {"a3": ["attribute.py", "suppress.py", *[f"experiments/{name}" for name in REFIT]],
         "a4": ["suppress.py"]}
-PUBLIC_SEEDS, HIDDEN_SEEDS = [1, 2], 3
+PUBLIC_SEEDS, HIDDEN_SEEDS = 2, 3                        # how many
 APART = 100                                              # tolerances between a mistake and the key
 LIMITS = {"seconds": 10, "total": 45, "file_bytes": 2 ** 24}      # a check's, and of all
 
@@ -108,6 +110,10 @@ def patched(files, mistake):
             raise Stop(f"{mistake.check} {mistake.name}: '{old}' occurs {count} times in {file}, "
                        "expected once; mend mistakes.txt")
         files[file] = files[file].replace(old, new)
+        try:
+            ast.parse(files[file])
+        except SyntaxError as error:
+            raise Stop(f"{mistake.check} {mistake.name}: {file} is no Python with it ({error})")
     return files
 
 
@@ -129,54 +135,39 @@ def source(assignment, variant=None):
 
 
 # ------------------------------------------- stubs
-def function(tree, name, where):
-    """The syntax tree of a function `f` or `Class.f`"""
-    node = tree
+def body_of(text, name, file):
+    """Lines (first, last), counted from 0, of the body of `f` or `Class.f` without its docstring"""
+    node = ast.parse(text)
     for part in name.split("."):
-        inside = [n for n in node.body if getattr(n, "name", None) == part]
+        inside = [child for child in node.body if getattr(child, "name", None) == part]
         if not inside:
-            raise Stop(f"{where} has no function {name}; mend the handout's table")
+            raise Stop(f"{file} has no function {name}; mend the handout's table")
         node = inside[0]
-    return node
-
-
-def body_of(text, name, where):
-    """Lines (first, last), counted from 0, of a function's body without its docstring"""
-    node = function(ast.parse(text), name, where)
     first = node.body[0].lineno - 1
     if ast.get_docstring(node) is not None:
         first = node.body[0].end_lineno
     return first, node.end_lineno
 
 
-def cut(files, checks):
-    """{file: text} -> the same with the bodies of the stubs gone; signature and docstring stay."""
+def replaced(files, checks, body):
+    """{file: text} -> the same with body(file, name), a list of lines, in every stub of the checks"""
     files = dict(files)
     for file, name in sorted({stub for check in checks for stub in check.stubs}):
         first, last = body_of(files[file], name, file)
         lines = files[file].splitlines()
-        indent = re.match(" *", lines[last - 1] if first == last else lines[first]).group()
-        indent = " " * (4 + 4 * name.count("."))
-        lines[first:last] = [f'{indent}raise NotImplementedError("{name}")']
+        lines[first:last] = body(file, name)
         files[file] = "\n".join(lines) + "\n"
     return files
 
 
-def completed(stubbed, files, checks):
-    """A release's files with the bodies of other files pasted in -> {file: text}"""
-    done = dict(stubbed)
-    for file, name in sorted({stub for check in checks for stub in check.stubs}):
-        first, last = body_of(files[file], name, file)
-        body = files[file].splitlines()[first:last]
-        first, last = body_of(done[file], name, file)
-        lines = done[file].splitlines()
-        lines[first:last] = body
-        done[file] = "\n".join(lines) + "\n"
-    return done
+def blank(file, name):
+    indent = 4 + 4 * name.count(".")
+    return [" " * indent + f'raise NotImplementedError("{name}")']
 
 
 # ------------------------------------------- numbers
 def write_files(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,54 +199,63 @@ def distance(found, right):
     return max(difference(found[name], right[name]) / tolerance(right[name]) for name in right)
 
 
-def fitting(files, mistakes, check):
-    """The mistakes of a check whose patches fit; a year's convention may have changed the line."""
+def mutants_of(assignment, check, files, variant):
+    """The mistakes of a check whose patches fit (a year's convention may have changed the line), and
+    in a year of a convention the published source -> [(name, message, files)]"""
     found = []
-    for mistake in mistakes:
+    for mistake in read_mistakes(assignment):
         if mistake.check == check:
             try:
-                found.append((mistake, patched(files, mistake)))
+                found.append((mistake.name, mistake.message, patched(files, mistake)))
             except Stop:
-                print(f"left out this year: {check} {mistake.name}", file=sys.stderr)
+                if not variant:
+                    raise
+    if variant:
+        told = f"the published source; this year {variant.message}"
+        found.append(("published", told, source(assignment)))
     return found
 
 
-def make_key(assignment, year, seeds_of, count, redraw=True):
-    """The key of numbers: for each check `count` of the seeds that seeds_of() yields, those at which
-    every mistake lies APART -> the dict of key.json, the arrays of key.npz"""
-    checks, variant = read_checks(assignment), variant_of(assignment, year)
-    files, public = source(assignment, variant), source(assignment)
-    program, names = programs(assignment), submitted(checks)
-    arrays, seeds, messages = {}, {}, {}
+def numbers(assignment, year, check, seeds, count):
+    """The first `count` seeds at which every mistake of a check lies APART -> {seed: {mutant: its
+    arrays}}, the reference under ""; {mutant: message}"""
+    variant = variant_of(assignment, year)
+    files = source(assignment, variant)
+    mutants = mutants_of(assignment, check.name, files, variant)
+    names, program = submitted(read_checks(assignment)), programs(assignment)[check.name]
+    found = {}
+    for seed in itertools.islice(seeds, 20 * count):
+        right = run(files, names, program, [seed])
+        if "error" in right:
+            raise Stop(f"the reference fails {check.name}: {right['error']}")
+        answers, near = {"": right}, []
+        for name, _, wrong in mutants:
+            answers[name] = run(wrong, names, program, [seed])
+            least = distance(answers[name], right)
+            if name != "published" and least is not None and least < APART:
+                near.append(name)
+        if not near:
+            found[seed] = answers
+        if len(found) == count:
+            return found, {name: message for name, message, _ in mutants}
+    raise Stop(f"{assignment}: {check.name} does not tell {near} from the reference")
+
+
+def make_key(assignment, year, seeds_of, count):
+    """The key of numbers at `count` seeds of seeds_of() -> dict of key.json, arrays of key.npz"""
+    checks = read_checks(assignment)
+    arrays, seeds, messages, rows = {}, {}, {}, []
     for check in checks:
-        mutants = fitting(files, read_mistakes(assignment), check.name)
-        if variant:
-            told = f"the published source; this year {variant.message}"
-            mutants.append((Mistake(check.name, "published", told, []), public))
-        messages[check.name] = {mistake.name: mistake.message for mistake, _ in mutants}
-        seeds[check.name] = []
-        for tried, seed in enumerate(seeds_of()):
-            right = run(files, names, program[check.name], [seed])
-            if "error" in right:
-                raise Stop(f"the reference fails {check.name}: {right['error']}")
-            answers = {mistake.name: run(wrong, names, program[check.name], [seed])
-                       for mistake, wrong in mutants}
-            near = [name for name, found in answers.items()
-                    if name != "published" and (distance(found, right) or np.inf) < APART]
-            if near and redraw and tried < 20:
-                continue
-            if near and redraw:
-                raise Stop(f"{assignment}: {check.name} does not tell {near} from the reference")
-            seeds[check.name].append(seed)
-            for name, found in {"": right, **answers}.items():
-                for path, array in found.items():
-                    if path != "error":
-                        arrays[f"{check.name}/{seed}/{name}/{path.split('/', 1)[1]}"] = array
-            if len(seeds[check.name]) == count:
-                break
-    rows = [dict(name=check.name, points=check.points, what=check.what) for check in checks]
-    facts = dict(title=f"{assignment}, {year or 'as published'}", files=names, limits=LIMITS, project="",
-                 checks=rows, seeds=seeds, mutants=messages)
+        found, messages[check.name] = numbers(assignment, year, check, seeds_of(), count)
+        seeds[check.name] = list(found)
+        rows.append(dict(name=check.name, points=check.points, what=check.what))
+        for seed, answers in found.items():
+            for mutant, answer in answers.items():
+                for path in answer.keys() - {"error"}:
+                    _, name = path.split("/", 1)
+                    arrays[f"{check.name}/{seed}/{mutant}/{name}"] = answer[path]
+    facts = dict(title=f"{assignment}, {year or 'as published'}", files=submitted(checks),
+                 limits=LIMITS, project="", checks=rows, seeds=seeds, mutants=messages)
     return facts, arrays
 
 
@@ -265,96 +265,95 @@ def secret_seeds():
 
 
 # ------------------------------------------- folders
+@contextlib.contextmanager
+def made(folder):
+    """A new folder, complete or not there; an old one may hold somebody's work, or a key."""
+    if folder.exists():
+        raise Stop(f"{folder} exists; remove it, or give another --out")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as new:
+        yield Path(new) / "made"
+        os.replace(Path(new) / "made", folder)
+    print(folder)
+
+
 def write_grader(folder, assignment, facts, arrays):
     """grade.py, worker.py, the checks and the key: no solution is among them."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("grade.py", "worker.py", "inputs.py", f"{assignment}/checks.py"):
         shutil.copy(HERE / name, folder)
     (folder / "key.json").write_text(json.dumps(facts, indent=1), "utf-8")
     np.savez_compressed(folder / "key.npz", **arrays)
 
 
-def fresh(folder):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def stubbed(assignment, year):
-    return cut(source(assignment, variant_of(assignment, year)), read_checks(assignment))
+    files = source(assignment, variant_of(assignment, year))
+    return replaced(files, read_checks(assignment), blank)
 
 
-def handout(assignment, year):
-    text, variant = (HERE / assignment / "handout.md").read_text("utf-8"), variant_of(assignment, year)
+def write_handout(folder, assignment, year=0):
+    text, variant = (HERE / assignment / "handout.md").read_text("utf-8"), None
+    if year:
+        variant = variant_of(assignment, year)
     if variant:
         title, rest = text.split("\n", 1)
-        text = f"{title}\n\n**This year's convention:** {variant.message}\n{rest}"
-    return text
+        text = f"{title}\n\n**This year's convention:** {variant.message}.\n{rest}"
+    makefile = (HERE / "student.mk").read_text("utf-8")
+    if assignment == "a5":
+        makefile = makefile.replace("grade.py .", "board.py score .")
+    write_files(folder, {"HANDOUT.md": text, "Makefile": makefile})
 
 
-def release(assignment, year, out):
+def release(options):
     """The student's folder: stubs, handout, public checks"""
-    folder = fresh(out / f"{assignment}-{year or 'published'}")
-    write_files(folder, stubbed(assignment, year))
-    facts, arrays = make_key(assignment, year, itertools.count, 2)
-    write_grader(folder / "grader", assignment, facts, arrays)
-    (folder / "HANDOUT.md").write_text(handout(assignment, year), "utf-8")
-    shutil.copy(HERE / "student.mk", folder / "Makefile")
-    print(f"{folder}: give it to the students as it is")
+    assignment, year = options.assignment, options.year
+    with made(options.out / f"{assignment}-{year or 'published'}") as folder:
+        write_files(folder, stubbed(assignment, year))
+        key = make_key(assignment, year, itertools.count, PUBLIC_SEEDS)
+        write_grader(folder / "grader", assignment, *key)
+        write_handout(folder, assignment, year)
 
 
-def autograder(assignment, year, out):
+def autograder(options):
     """What grades: kept files, checks and the key of secret seeds; and a zip for Gradescope"""
-    folder = fresh(out / f"{assignment}-{year or 'published'}-grader")
-    facts, arrays = make_key(assignment, year, secret_seeds, HIDDEN_SEEDS)
-    facts["project"] = str(ROOT)                         # hidden, where it is on the same machine
-    shutil.rmtree(folder)
-    write_grader(folder, assignment, facts, arrays)
-    write_files(folder / "files", stubbed(assignment, year))
-    for path in (HERE / "gradescope").iterdir():
-        shutil.copy(path, folder)
-    shutil.make_archive(str(folder), "zip", folder)
-    print(f"{folder}: sudo python {folder}/grade.py SUBMISSION; {folder}.zip is for Gradescope")
+    assignment, year = options.assignment, options.year
+    with made(options.out / f"{assignment}-{year or 'published'}-grader") as folder:
+        facts, arrays = make_key(assignment, year, secret_seeds, HIDDEN_SEEDS)
+        facts["project"] = str(ROOT)                     # hidden, where it is on the same machine
+        write_grader(folder, assignment, facts, arrays)
+        write_files(folder / "files", stubbed(assignment, year))
+        shutil.copytree(HERE / "gradescope", folder, dirs_exist_ok=True)
+        shutil.make_archive(folder.parent / "grader", "zip", folder)
+        shutil.move(folder.parent / "grader.zip", folder)
 
 
 # ------------------------------------------- A5
-def fill(folder, run):
-    """The whole project, a trained model and its text, and the baseline as score.py"""
-    names = KEPT + ["attribute.py", "suppress.py", "report.py"]
-    names += [str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/**/*.py")]
-    write_files(folder, {name: (ROOT / name).read_text("utf-8") for name in names})
-    shutil.copytree(run.folder, folder / "data/pydoc512", dirs_exist_ok=True)
-    (folder / "run").mkdir()
-    for name in ("ckpt.pt", "tokenizer.json", "tokenizer.tiktoken"):
-        shutil.copy(run.out_dir / name, folder / "run")
-    shutil.copy(HERE / "a5/score.py", folder)
-
-
-def research(board_file, work, out, name):
-    """A5: a release if the board is the published one; else a grader with secret halves"""
+def research(options):
+    """A5: the whole project with a trained model and its text. A release has the public halves."""
     sys.path.append(str(HERE / "a5"))
     import board
-    run, folder = board.base_run(work), fresh(out / name)
-    with np.load(board_file, allow_pickle=False) as content:
-        if content["text"] != run.ckpt["data"]:
-            raise Stop(f"{board_file} was made of another Python's documentation; make your own: "
-                       "python course/a5/board.py train")
-        queries = content["queries"]
-    is_grader = name.endswith("grader")
-    files, grader = (folder / "files", folder) if is_grader else (folder, folder / "grader")
-    for place in (files, grader):
-        place.mkdir(exist_ok=True)
-    fill(files, run)
-    np.save(files / "queries.npy", queries)
-    for path in ("grade.py", "worker.py", "inputs.py", "a5/board.py", "a5/checks.py"):
-        shutil.copy(HERE / path, grader)
-    shutil.copy(board_file, grader / "board.npz")
-    facts = dict(files=["score.py"], limits=board.LIMITS, project=str(ROOT) if is_grader else "")
-    (grader / "key.json").write_text(json.dumps(facts), "utf-8")
-    if not is_grader:
-        shutil.copy(HERE / "a5/handout.md", folder / "HANDOUT.md")
-        make = (HERE / "student.mk").read_text("utf-8")
-        (folder / "Makefile").write_text(make.replace("grade.py .", "board.py score ."), "utf-8")
+    is_release = options.command == "release"
+    with made(options.out / ("a5" if is_release else "a5-grader")) as folder:
+        run = board.base_run(options.work)
+        content = board.read(options.board, run.ckpt["data"])
+        files = folder if is_release else folder / "files"
+        grader = folder / "grader" if is_release else folder
+        names = KEPT + ["attribute.py", "suppress.py", "report.py"]
+        names += [str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/**/*.py")]
+        write_files(files, {name: (ROOT / name).read_text("utf-8") for name in names})
+        write_files(files, {"score.py": (HERE / "a5/score.py").read_text("utf-8")})
+        shutil.copytree(run.folder, files / "data/pydoc512")
+        write_files(files / "run", {})
+        for name in ("ckpt.pt", "tokenizer.json", "tokenizer.tiktoken"):
+            shutil.copy(run.out_dir / name, files / "run")
+        np.save(files / "queries.npy", content["queries"])
+        project = "" if is_release else str(ROOT)
+        facts = dict(files=["score.py"], limits=board.LIMITS, project=project)
+        write_grader(grader, "a5", facts, content)
+        (grader / "key.npz").rename(grader / "board.npz")
+        shutil.copy(HERE / "a5/board.py", grader)
+        if is_release:
+            write_handout(folder, "a5")
 
 
 def main():
@@ -367,12 +366,10 @@ def main():
     parser.add_argument("--board", type=Path, default=HERE / "a5/board.npz", help="A5's halves")
     parser.add_argument("--work", type=Path, default=Path("out-board"), help="A5's trained models")
     options = parser.parse_args()
-    if options.assignment == "a5":
-        name = "a5" if options.command == "release" else "a5-grader"
-        research(options.board, options.work, options.out, name)
-        return
     command = {"release": release, "autograder": autograder}[options.command]
-    command(options.assignment, options.year, options.out)
+    if options.assignment == "a5":
+        command = research
+    command(options)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@
     python tests/prove_course.py drift numbers.npz     the first call writes the reference's numbers
                                                        at 5 seeds; others, elsewhere, compare theirs
 """
+import itertools
 import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "course"))
-from course import (APART, ASSIGNMENTS, completed, cut, distance, make_key, patched,  # noqa: E402
-                    programs, read_checks, read_mistakes, run, secret_seeds, source, variants,
-                    submitted, write_grader)
+COURSE = Path(__file__).resolve().parent.parent / "course"
+sys.path.insert(0, str(COURSE))
+from course import (APART, ASSIGNMENTS, blank, body_of, distance, make_key,  # noqa: E402
+                    mutants_of, programs, read_checks, replaced, run, secret_seeds, source,
+                    submitted, variants, write_grader)
 from grade import Key, Stop, difference, judge, results  # noqa: E402
 
 
@@ -26,81 +28,96 @@ def score(key, files, assignment):
     found, program = {}, programs(assignment)
     for name, seeds in key.seeds.items():
         found[name] = run(files, key.files, program[name], seeds)
-    result = results(key, found, "")
-    return result["score"], sum(check["points"] for check in key.checks)
+    return results(key, found, "")["score"], sum(check["points"] for check in key.checks)
 
 
-def kept_key(assignment, year, seeds_of, count, redraw=True):
-    """make_key() through the files, as a grader reads it -> Key"""
-    with tempfile.TemporaryDirectory() as folder:
-        facts, arrays = make_key(assignment, year, seeds_of, count, redraw)
-        write_grader(Path(folder) / "key", assignment, facts, arrays)
-        return Key(Path(folder) / "key")
-
-
-def leftovers(files, stubs):
-    """Cut lines of over 25 characters that still stand in the stubbed files, and in no function or
-    table that was kept -> [line]"""
-    kept = "\n".join(stubs.values())
-    found = []
-    for name, text in files.items():
-        gone = set(text.splitlines()) - set(stubs[name].splitlines())
-        found += [line for line in gone if len(line.strip()) > 25 and line.strip() in kept]
+def by_seed(answer):
+    """{"seed/name": array} -> {seed: {name: array}}"""
+    found = {}
+    for path, array in answer.items():
+        seed, _, name = path.partition("/")
+        found.setdefault(int(seed), {})[name] = array
     return found
 
 
-def prove_mistakes(assignment, key, n):
-    """Each mistake at the key's seeds -> rows: the least distance in tolerances, and what is said"""
+def prove_mistakes(assignment, n):
+    """A key at n fresh seeds, as they come, and rows: how far off each mistake is at the nearest of
+    them, in tolerances, and what the grader says to it"""
     files, program, rows = source(assignment), programs(assignment), []
-    for mistake in read_mistakes(assignment):
-        if mistake.check == "variant":
-            continue
-        check, seeds = mistake.check, key.seeds[mistake.check]
-        found = run(patched(files, mistake), key.files, program[check], seeds)
-        right, said = judge(key, check, found)
-        least = None
-        if "error" not in found:
-            apart = []
-            for seed in map(str, seeds):
-                mine = {k: v for k, v in found.items() if k.startswith(seed + "/")}
-                expected = key.arrays[check, seed, ""]
-                apart.append(distance(mine, {f"{seed}/{k}": v for k, v in expected.items()}))
-            least = float(min(apart))
-        rows.append(dict(assignment=assignment, check=check, mistake=mistake.name, tolerances=least,
-                         crash=said if least is None else "", told=mistake.message in said,
-                         only=" -- or: " not in said, right=right))
-    return rows
+    checks = read_checks(assignment)
+    key = SimpleNamespace(title="", files=submitted(checks), checks=[], seeds={}, mutants={},
+                          arrays={})
+    for check in checks:
+        seeds = list(itertools.islice(secret_seeds(), n))
+        mutants = mutants_of(assignment, check.name, files, None)
+        answers = {"": run(files, key.files, program[check.name], seeds)}
+        for name, _, wrong in mutants:
+            answers[name] = run(wrong, key.files, program[check.name], seeds)
+        key.seeds[check.name] = seeds
+        key.mutants[check.name] = {name: message for name, message, _ in mutants}
+        key.checks.append(check._asdict())
+        alive = {name: by_seed(a) for name, a in answers.items() if "error" not in a}
+        for name, arrays in alive.items():
+            key.arrays |= {(check.name, str(seed), name): arrays[seed] for seed in seeds}
+        for name, message, _ in mutants:
+            _, said = judge(key, check.name, answers[name])
+            row = dict(check=check.name, mistake=name, tolerances=None, said=said)
+            if name in alive:
+                off = [distance(alive[name][seed], alive[""][seed]) for seed in seeds]
+                row |= dict(tolerances=float(min(off)), said=message in said and "or: " not in said)
+            rows.append(row)
+    return key, rows
+
+
+def leftovers(assignment, files, stubs):
+    """Cut lines of over 25 characters that still stand anywhere in a release -> [line]"""
+    paths = [*COURSE.glob("*.py"), *(COURSE / assignment).glob("*.py"),
+             COURSE / assignment / "handout.md"]
+    kept = "\n".join([*stubs.values(), *(path.read_text("utf-8") for path in paths)])
+    gone = set()
+    for name, text in files.items():
+        gone |= set(text.splitlines()) - set(stubs[name].splitlines())
+    return [line for line in gone if len(line.strip()) > 25 and line.strip() in kept]
+
+
+def body_in(files):
+    def body(file, name):
+        first, last = body_of(files[file], name, file)
+        return files[file].splitlines()[first:last]
+    return body
+
+
+def pasted(assignment, files):
+    """{variant: points of a release of its year with the published bodies pasted in}"""
+    found, checks = {}, read_checks(assignment)
+    for year, variant in enumerate(variants(assignment), len(variants(assignment))):
+        with tempfile.TemporaryDirectory() as folder:
+            write_grader(Path(folder), assignment, *make_key(assignment, year, secret_seeds, 2))
+            key = Key(Path(folder))
+        copied = replaced(source(assignment, variant), checks, body_in(files))
+        found[variant.name] = score(key, copied, assignment)
+    return found
 
 
 def verify(assignments, n=10):
     """Every claim of course/README.md about checks, for each assignment; writes them down."""
-    rows, facts = [], {}
+    facts = {}
     for assignment in assignments:
         checks, files = read_checks(assignment), source(assignment)
-        stubs = cut(files, checks)
-        if completed(stubs, files, checks) != files:
+        stubs = replaced(files, checks, blank)
+        if replaced(stubs, checks, body_in(files)) != files:
             raise Stop(f"{assignment}: a completed release is not the source")
-        key = kept_key(assignment, 0, secret_seeds, n, redraw=False)
-        mine = prove_mistakes(assignment, key, n)
-        rows += mine
-        facts[assignment] = dict(
-            reference=score(key, files, assignment),
-            blank=score(key, stubs, assignment),
-            leftovers=leftovers(files, stubs),
-            pasted={})
-        for year, variant in enumerate(variants(assignment)):
-            changed = cut(source(assignment, variant), checks)
-            pasted = completed(changed, files, checks)
-            this = kept_key(assignment, len(variants(assignment)) + year, secret_seeds, 2)
-            facts[assignment]["pasted"][variant.name] = score(this, pasted, assignment)
-        for row in mine:
-            weak = row["tolerances"] is not None and row["tolerances"] < APART
-            if weak or not (row["told"] and row["only"] or row["crash"]):
+        key, rows = prove_mistakes(assignment, n)
+        fact = dict(reference=score(key, files, assignment), blank=score(key, stubs, assignment),
+                    leftovers=leftovers(assignment, files, stubs), pasted=pasted(assignment, files))
+        facts[assignment] = fact | dict(mistakes=rows)
+        for row in rows:
+            if row["tolerances"] is None or row["tolerances"] < APART or row["said"] is not True:
                 print(row)
-        print(assignment, len(mine), "mistakes", facts[assignment], flush=True)
+        print(assignment, len(rows), "mistakes", fact, flush=True)
     if len(assignments) > 1:
-        text = json.dumps(dict(seeds=n, assignments=facts, mistakes=rows), indent=1)
-        (ROOT / "course/verified.json").write_text(text, "utf-8")
+        text = json.dumps(dict(seeds=n, assignments=facts), indent=1)
+        (COURSE / "verified.json").write_text(text, "utf-8")
 
 
 def drift(path):

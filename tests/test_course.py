@@ -8,14 +8,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "course"))
 import course  # noqa: E402
-import grade  # noqa: E402
 
 AS_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0,
                              reason="the sandbox needs root")
@@ -72,7 +71,7 @@ ATTACKS = {
 
 
 def grader_of(folder, assignment, year=0):
-    course.autograder(assignment, year, folder)
+    course.autograder(SimpleNamespace(assignment=assignment, year=year, out=folder))
     return folder / f"{assignment}-{year or 'published'}-grader"
 
 
@@ -80,7 +79,7 @@ def grader_of(folder, assignment, year=0):
 def a1(tmp_path_factory):
     folder = grader_of(tmp_path_factory.mktemp("a1"), "a1")
     facts = json.loads((folder / "key.json").read_text())
-    facts["limits"] = {"seconds": 4, "total": 40}
+    facts["limits"] |= {"seconds": 4, "total": 40}
     (folder / "key.json").write_text(json.dumps(facts))
     return folder
 
@@ -175,10 +174,75 @@ def test_no_attack_gains_anything(a1, tmp_path):
         "zip bomb": "too long", "reads the reference": "Error",
         "imports the reference": "Error", "parents' memory": "Permission",
         "reads the key": "Permission", "writes to the grader": "Permission", "network": "unreachable",
-        "syntax error": "prism.py, line 12: SyntaxError", "wrong shape": "shape",
+        "syntax error": "prism.py, line 11: SyntaxError", "wrong shape": "shape",
         "import error": "a_package_that_is_not_there", "NaN": "", "object array": "object",
         "str() hangs": "no answer within"}
     for name, words in expected.items():
         assert words in said[name], (name, said[name])
     assert before == ((a1 / "key.json").read_bytes(), (a1 / "key.npz").read_bytes())
     assert not processes()
+
+
+@pytest.mark.parametrize("assignment", course.ASSIGNMENTS)
+def test_a_completed_release_is_the_source(assignment):
+    checks, files = course.read_checks(assignment), course.source(assignment)
+
+    def body(file, name):
+        first, last = course.body_of(files[file], name, file)
+        return files[file].splitlines()[first:last]
+    stubs = course.replaced(files, checks, course.blank)
+    assert stubs != files and course.replaced(stubs, checks, body) == files
+    for mistake in course.read_mistakes(assignment):
+        if mistake.check != "variant":
+            assert course.patched(files, mistake) != files
+
+
+@pytest.mark.parametrize("assignment", course.ASSIGNMENTS)
+def test_a_release_holds_no_line_that_was_cut(assignment, tmp_path):
+    files, checks = course.source(assignment), course.read_checks(assignment)
+    stubs = course.replaced(files, checks, course.blank)
+    course.write_files(tmp_path, stubs)
+    course.write_grader(tmp_path / "grader", assignment, {}, {})
+    course.write_handout(tmp_path, assignment)
+    kept = [path.read_text("utf-8", "replace") for path in tmp_path.rglob("*") if path.is_file()]
+    for name, text in files.items():
+        for line in set(text.splitlines()) - set(stubs[name].splitlines()):
+            if len(line.strip()) > 25:
+                assert not any(line.strip() in text for text in kept), line
+
+
+def test_a_renamed_function_and_a_patch_that_does_not_fit_are_named():
+    files, checks = course.source("a1"), course.read_checks("a1")
+    files["prism.py"] = files["prism.py"].replace("def prototype_head", "def head")
+    with pytest.raises(course.Stop, match="prism.py has no function prototype_head"):
+        course.replaced(files, checks, course.blank)
+    with pytest.raises(course.Stop, match="head no_relu: 'gone' occurs 0 times in prism.py"):
+        course.patched(files, course.Mistake("head", "no_relu", "", [("prism.py", "gone", "")]))
+    with pytest.raises(course.Stop, match="is no Python with it"):
+        course.patched(files, course.Mistake("head", "x", "", [("prism.py", "import math", "(")]))
+
+
+def test_trusted_grades_tell_the_mistake_and_are_the_same_each_time(a1, tmp_path):
+    files = course.source("a1")
+    right = submit(tmp_path / "right", files, ["prism.py", "sample.py"])
+    blank = submit(tmp_path / "blank", course.stubbed("a1", 0), ["prism.py", "sample.py"])
+    mistake = next(m for m in course.read_mistakes("a1") if m.name == "no_relu")
+    wrong = submit(tmp_path / "wrong", course.patched(files, mistake), ["prism.py", "sample.py"])
+    assert run(a1, right, "--trusted")[0]["score"] == 54
+    assert run(a1, blank, "--trusted")[0]["score"] == 0
+    first, printed, _ = run(a1, wrong, "--trusted")
+    outputs = {test["name"].split(":")[0]: test["output"] for test in first["tests"]}
+    assert mistake.message in outputs["head"] and mistake.message in printed
+    assert "--check=head --seed=" in outputs["head"] and not outputs["mixing"]
+    assert run(a1, wrong, "--trusted")[0] == first
+
+
+@AS_ROOT
+def test_the_sandbox_gives_full_marks_to_the_source(a1, tmp_path):
+    right = submit(tmp_path / "right", course.source("a1"), ["prism.py", "sample.py"])
+    result, printed, _ = run(a1, right)
+    assert result["score"] == 54 and "54 of 54" in printed
+    (right / "prism.py").unlink()
+    (right / "prism.py").symlink_to(a1 / "key.json")
+    result, _, _ = run(a1, right)
+    assert result["score"] == 0 and "prism.py is no file" in result["tests"][0]["output"]

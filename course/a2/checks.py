@@ -19,7 +19,7 @@ def batch_of(m, rng, **sizes):
     return model, integers(rng, 11, 3, 8), targets_of(rng, 11, 3, 8)
 
 
-def cross_entropy(m, rng):
+def by_hand(m, rng):
     z, w = normal(rng, 300, 3).requires_grad_(), normal(rng, 2 ** 13, 3).requires_grad_()
     y = targets_of(rng, 2 ** 13, 300)                    # chunks of 128, 128 and 44 tokens
     total = m.prism.LinearCrossEntropy.apply(z, w, y)

@@ -37,6 +37,16 @@ def base_run(work):
     return Run(trained(work / "all", "--dataset=pydoc512", "--seed=1", *TRAIN.split()), "cpu")
 
 
+def read(path, text=None):
+    """A board -> {name: array}; Stop if it was made of other training text"""
+    with np.load(path, allow_pickle=False) as content:
+        board = dict(content)
+    if text and board["text"] != text:
+        raise grade.Stop(f"{path} was made of another Python's documentation; make your own: "
+                         "python course/a5/board.py train")
+    return board
+
+
 def train(seed, work, out, models=32, repeats=8, n_queries=128):
     """Trains the halves, scores the baselines, and writes a board."""
     run = base_run(work)
@@ -60,17 +70,15 @@ def train(seed, work, out, models=32, repeats=8, n_queries=128):
         np.savez_compressed(f, **board)
 
 
-def figures(board, scores):
-    """Scores (Q, D) -> LDS, its half-width, block minus this one, and its half-width"""
-    mine = correlations(scores, board["kept"], board["losses"])
+def figures(board, mine):
+    """correlations() of scores -> LDS, its half-width, block minus this one, and its half-width"""
     x = compared(mine, (board["block/r"], board["block/without"]))
     return [x["mean"], x["both"], x["first_minus_this"][0], x["first_minus_this_both"]]
 
 
 def score(submission, trusted, out):
     """Runs a submission and compares its scores with the losses -> results.json"""
-    with np.load(HERE / "board.npz", allow_pickle=False) as content:
-        board = dict(content)
+    board = read(HERE / "board.npz")
     key = SimpleNamespace(**json.loads((HERE / "key.json").read_text("utf-8")))
     if not trusted:
         (HERE / "board.npz").chmod(0o600)
@@ -84,7 +92,7 @@ def score(submission, trusted, out):
     elif scores is None or scores.shape != shape or not np.isfinite(scores).all():
         why = f"expected finite scores of shape {shape}"
     else:
-        row = figures(board, scores)
+        row = figures(board, correlations(scores, board["kept"], board["losses"]))
     test = dict(name="LDS", max_score=1, score=max(0.0, row[0]), output=why or shown(row))
     result = dict(score=test["score"], output=note, tests=[test], figures=row,
                   leaderboard=[dict(name="LDS", value=round(row[0], 4))])
@@ -101,15 +109,11 @@ def shown(row):
 
 def table(names, out):
     """name=results.json ... -> the board, printed and as a page; baselines and ceiling in it"""
-    with np.load(HERE / "board.npz", allow_pickle=False) as board:
-        block = board["block/r"], board["block/without"]
-        rows = {}
-        for name in BASELINES:
-            x = compared((board[f"{name}/r"], board[f"{name}/without"]), block)
-            rows[f"({name})"] = [x["mean"], x["both"], x["first_minus_this"][0],
-                                 x["first_minus_this_both"]]
-        repeats = len(board["twice"])
-        seeds = reliability(board["losses"][:repeats], board["twice"])
+    board, rows = read(HERE / "board.npz"), {}
+    for name in BASELINES:
+        rows[f"({name})"] = figures(board, (board[f"{name}/r"], board[f"{name}/without"]))
+    repeats = len(board["twice"])
+    seeds = reliability(board["losses"][:repeats], board["twice"])
     for word in names:
         name, _, path = word.partition("=")
         rows[name] = json.loads(Path(path).read_text("utf-8"))["figures"]
@@ -141,4 +145,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (grade.Stop, OSError) as error:
+        sys.exit(f"error: {error}")
