@@ -150,7 +150,7 @@ def body_of(text, name, file):
 
 
 def replaced(files, checks, body):
-    """{file: text} -> the same with body(file, name), a list of lines, in every stub of the checks"""
+    """{file: text} -> the same with body(file, name), a list of lines, in every stub"""
     files = dict(files)
     for file, name in sorted({stub for check in checks for stub in check.stubs}):
         first, last = body_of(files[file], name, file)
@@ -200,8 +200,8 @@ def distance(found, right):
 
 
 def mutants_of(assignment, check, files, variant):
-    """The mistakes of a check whose patches fit (a year's convention may have changed the line), and
-    in a year of a convention the published source -> [(name, message, files)]"""
+    """The mistakes of a check whose patches fit (a year's convention may have changed the line),
+    and in a year of a convention the published source -> [(name, message, files)]"""
     found = []
     for mistake in read_mistakes(assignment):
         if mistake.check == check:

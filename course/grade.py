@@ -94,7 +94,7 @@ def judge(key, check, arrays):
 
 
 class Key:
-    """key.json: assignment, files, checks, seeds, messages; key.npz: arrays check/seed/mutant/name."""
+    """key.json: files, checks, seeds, messages; key.npz: arrays check/seed/mutant/name."""
     def __init__(self, folder):
         facts = json.loads((folder / "key.json").read_text("utf-8"))
         self.title, self.files, self.limits = facts["title"], facts["files"], facts["limits"]
@@ -155,9 +155,9 @@ def in_sandbox(key, folder, run):
     uid = 50000 + os.getpid() % 10000                    # nobody else's
     with tempfile.TemporaryDirectory() as scratch:
         os.chown(scratch, uid, uid)
-        request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, preload=modules_used(),
-                       scratch=scratch, checks=str(HERE / "checks.py"), hide=project_files(key.project),
-                       run=run)
+        request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, run=run,
+                       scratch=scratch, checks=str(HERE / "checks.py"), preload=modules_used(),
+                       hide=project_files(key.project))
         names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
         clean = {"PATH": "/usr/bin:/bin", "HOME": scratch, "USER": "student", "TMPDIR": scratch}
         done = subprocess.run([sys.executable, "-I", str(HERE / "worker.py")], cwd="/",

@@ -23,7 +23,7 @@ def mixing(m, rng):
 
 def head(m, rng):
     z, p = normal(rng, 20, 6), normal(rng, 7, 6)
-    found = m.prism.prototype_head(z, p, 5)
+    found = m.prism.prototype_head(z, p, 4)
     order = found.ids.argsort(1)                         # equal gates of 0 may come in any order
     return {"ids": found.ids.gather(1, order), "gates": found.gates.gather(1, order),
             "reconstruction": found.reconstruction, "residual": found.residual,

@@ -72,7 +72,7 @@ def product(m, rng):
 
 def spreading(m, rng):
     r, index = problem(m, rng)[3], index_of(m, factors=np.zeros((7, 6, 6)))
-    target = m.attribute.Records(*(u[:3] for u in r))
+    target = m.attribute.Records(*(u[:8] for u in r))
     return {"sums": m.attribute.spread(r, normal(rng, 30, 4), 7), "b": index.right_side(target)}
 
 
@@ -90,7 +90,7 @@ def solver(m, rng):
 
 
 def block_solver(m, rng):
-    L = normal(rng, 7, 6, 6).tril() + 3 * torch.eye(6, dtype=torch.float64)
+    L = normal(rng, 7, 6, 6).tril(-1) + 3 * torch.eye(6, dtype=torch.float64)
     index, b = index_of(m, factors=L.numpy()), normal(rng, 3, 7, 6)
     b[:, 1] = b[0, 2] = 0
     return {"x": index.solve_blocks(b), "nothing": index.solve_blocks(0 * b)}
@@ -126,6 +126,6 @@ def fit(m, rng):
     tokens, W, P, _, _ = problem(m, rng)
     tilt = m.refit.right_side(tokens.records(W, P), 7) + 0.3 * normal(rng, 7, 6)
     start, tokens = P + 0.05 * normal(rng, 7, 6), tokens.take(slice(24))
-    rest = W, P, start, tilt, 1.0, lambda v: v / 2
+    rest = W, P, start, tilt, 4.0, lambda v: v / 4
     return {"minimum": m.refit.fit(tokens, *rest, 1e-11),
             "start": m.refit.fit(tokens, *rest, 1e3)}             # its gradient is small enough

@@ -6,8 +6,9 @@
     python board.py table name=results.json ... --out=board.html  all submissions, the best first
 
 A submission is one function, score(run, queries) -> (queries, documents). It gets the run of one
-model of all text and never sees the halves; board.npz keeps their losses. LDS as in lds.py: the mean
-over queries of Spearman's correlation, over halves, of real losses and minus the kept scores' sum.
+model of all text and never sees the halves; board.npz keeps their losses. LDS as in lds.py: the
+mean over queries of Spearman's correlation, over halves, of real losses and minus the kept scores'
+sum.
 """
 import argparse
 import html
