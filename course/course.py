@@ -111,7 +111,7 @@ def patched(files, mistake):
                        "expected once; mend mistakes.txt")
         files[file] = files[file].replace(old, new)
         try:
-            ast.parse(files[file])
+            ast.parse(files[file] if file.endswith(".py") else "")
         except SyntaxError as error:
             raise Stop(f"{mistake.check} {mistake.name}: {file} is no Python with it ({error})")
     return files
@@ -131,6 +131,7 @@ def source(assignment, variant=None):
     """The files of an assignment with everything written -> {file: text}"""
     names = KEPT + MORE.get(assignment, [])
     files = {name: (ROOT / name).read_text("utf-8") for name in names}
+    files["HANDOUT.md"] = (HERE / assignment / "handout.md").read_text("utf-8")
     return patched(files, variant) if variant else files
 
 
@@ -291,27 +292,26 @@ def stubbed(assignment, year):
     return replaced(files, read_checks(assignment), blank)
 
 
-def write_handout(folder, assignment, year=0):
-    text, variant = (HERE / assignment / "handout.md").read_text("utf-8"), None
-    if year:
-        variant = variant_of(assignment, year)
+def students(handout, variant=None):
+    """A handout without the rubrics, *Full: ...*, and with this year's convention on top"""
+    text = re.sub(r"\s*\*Full:[^*]*\*", "", handout)
     if variant:
         title, rest = text.split("\n", 1)
-        text = f"{title}\n\n**This year's convention:** {variant.message}.\n{rest}"
-    makefile = (HERE / "student.mk").read_text("utf-8")
-    if assignment == "a5":
-        makefile = makefile.replace("grade.py .", "board.py score .")
-    write_files(folder, {"HANDOUT.md": text, "Makefile": makefile})
+        text = (f"{title}\n\n**This year's convention:** {variant.message}. Where the text below "
+                f"says otherwise, this line holds.\n{rest}")
+    return text
 
 
 def release(options):
     """The student's folder: stubs, handout, public checks"""
     assignment, year = options.assignment, options.year
     with made(options.out / f"{assignment}-{year or 'published'}") as folder:
-        write_files(folder, stubbed(assignment, year))
+        files = stubbed(assignment, year)
+        files["HANDOUT.md"] = students(files["HANDOUT.md"], variant_of(assignment, year))
+        write_files(folder, files)
         key = make_key(assignment, year, itertools.count, PUBLIC_SEEDS)
         write_grader(folder / "grader", assignment, *key)
-        write_handout(folder, assignment, year)
+        shutil.copy(HERE / "student.mk", folder / "Makefile")
 
 
 def autograder(options):
@@ -321,7 +321,9 @@ def autograder(options):
         facts, arrays = make_key(assignment, year, secret_seeds, HIDDEN_SEEDS)
         facts["project"] = str(ROOT)                     # hidden, where it is on the same machine
         write_grader(folder, assignment, facts, arrays)
-        write_files(folder / "files", stubbed(assignment, year))
+        files = stubbed(assignment, year)
+        del files["HANDOUT.md"]
+        write_files(folder / "files", files)
         shutil.copytree(HERE / "gradescope", folder, dirs_exist_ok=True)
         shutil.make_archive(folder.parent / "grader", "zip", folder)
         shutil.move(folder.parent / "grader.zip", folder)
@@ -353,7 +355,10 @@ def research(options):
         (grader / "key.npz").rename(grader / "board.npz")
         shutil.copy(HERE / "a5/board.py", grader)
         if is_release:
-            write_handout(folder, "a5")
+            handout = students((HERE / "a5/handout.md").read_text("utf-8"))
+            makefile = (HERE / "student.mk").read_text("utf-8")
+            makefile = makefile.replace("grade.py .", "board.py score .")
+            write_files(folder, {"HANDOUT.md": handout, "Makefile": makefile})
 
 
 def main():

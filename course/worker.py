@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+HERE = Path(__file__).resolve().parent
 MOST = 2 ** 24                                           # bytes of a frame
 LIMITS = {"RLIMIT_AS": 2 ** 33, "RLIMIT_NPROC": 64, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 SUBREAPER, NO_NEW_PRIVS = 36, 38                         # of prctl
@@ -33,7 +34,7 @@ PRIVATE, BIND = 0x44000, 0x1000                          # of mount
 def programs(path):
     """A file of checks -> {name: check}"""
     found = {}
-    sys.path.append(str(Path(__file__).resolve().parent))         # inputs.py
+    sys.path.append(str(HERE))                           # inputs.py
     exec(compile(path.read_text("utf-8"), path.name, "exec"), found)
     return found
 
@@ -53,12 +54,13 @@ def load(folder, files):
 
 
 def describe(error, folder):
-    """An exception -> one line with the file and line of the submission where it was raised."""
-    place, trace = "", error.__traceback__
+    """An exception -> one line, with file and line of the submission, or else of the check"""
+    place, inside, trace = "", False, error.__traceback__
     while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if name.startswith(str(Path(folder).resolve())):
-            place = f"{Path(name).name}, line {trace.tb_lineno}: "
+        path = Path(trace.tb_frame.f_code.co_filename)
+        mine = path.is_relative_to(Path(folder).resolve()) and path.parent != HERE
+        if mine or path.name == "checks.py" and not inside:
+            place, inside = f"{path.name}, line {trace.tb_lineno}: ", mine
         trace = trace.tb_next
     if isinstance(error, NotImplementedError):
         return f"{place}not written yet"

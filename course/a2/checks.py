@@ -7,26 +7,25 @@ from inputs import integers, model_of, normal
 
 
 def targets_of(rng, most, *shape):
-    """Tokens below most; a quarter of them is -1, to be ignored"""
-    return torch.where(normal(rng, *shape) < -0.7, -1, integers(rng, most, *shape))
+    y = integers(rng, most, *shape)
+    y[normal(rng, *shape) < -0.7] = -1                   # a quarter is to be ignored
+    return y
 
 
-def total_ce(z, w, y):
-    """Stands in for your LinearCrossEntropy"""
+def total_ce(z, w, y):                                   # stands in for your LinearCrossEntropy
     return F.cross_entropy(z @ w.T, y, ignore_index=-1, reduction="sum")
 
 
-def batch_of(m, rng, n_proto=7):
+def batch_of(m, rng):
     """A model, three windows and their targets"""
     m.prism.LinearCrossEntropy = SimpleNamespace(apply=total_ce)
-    lambdas = dict(lambda_rec=0.7, lambda_t2p=0.3, lambda_p2t=0.2)
-    model = model_of(m.prism, rng, n_proto=n_proto, **lambdas)
-    return model, integers(rng, 11, 3, 8), targets_of(rng, 11, 3, 8)
+    idx = integers(rng, 11, 3, 8)
+    return model_of(m.prism, rng), idx, targets_of(rng, 11, 3, 8)
 
 
 def by_hand(m, rng):
     z = normal(rng, 300, 3).requires_grad_()             # chunks of 128, 128 and 44 tokens
-    w = normal(rng, 2 ** 13, 3).requires_grad_()
+    w = normal(rng, 8192, 3).requires_grad_()
     y = targets_of(rng, 64, 300)
     total = m.prism.LinearCrossEntropy.apply(z, w, y)
     (3 * total).backward()
@@ -36,15 +35,12 @@ def by_hand(m, rng):
 def losses(m, rng):
     model, idx, y = batch_of(m, rng)
     g = normal(rng, 7)
-    found = {}
-    found["logits"], found["loss with gains"] = model(idx, y, g)
-    found["last logits"], _ = model(idx, gains=g)
-    _, found["terms"] = model(idx, y, return_terms=True)
-    model.train()
-    found["loss in training"], found["terms in training"] = model(idx, y, return_terms=True)
-    twin, idx, y = batch_of(m, rng, n_proto=0)
-    _, found["terms of the twin"] = twin(idx, y, return_terms=True)
-    return found
+    logits, loss = model(idx, y, g)
+    last, _ = model(idx, gains=g)
+    _, terms = model(idx, y, return_terms=True)
+    _, training = model.train()(idx, y, return_terms=True)
+    return {"logits": logits, "last logits": last, "loss": loss,
+            "terms": terms, "terms in training": training}
 
 
 def loss_gradient(m, rng):
@@ -80,31 +76,29 @@ def evaluation(m, rng):
     y = targets_of(rng, 11, 60, 8)
     windows = SimpleNamespace(T=8, tokens=range(60))
     windows.read = lambda starts: (idx[list(starts)], y[list(starts)])
-    m.train.LinearCrossEntropy = SimpleNamespace(apply=total_ce)
-    m.train.dist = SimpleNamespace(all_reduce=lambda sums: None)  # the other rank read nothing
-    cfg = m.train.TrainConfig(batch_size=2, eval_tokens=50)
-    autocast = torch.autocast("cpu", enabled=False)
-    found = {}
-    for n_proto, rank, ranks in (30, 1, 2), (0, 0, 1):
-        model = model_of(m.prism, rng, n_proto=n_proto, dropout=0.2).train()
-        result = m.train.evaluate(model, windows, cfg, rank, ranks, torch.device("cpu"), autocast)
-        for name, value in result.items():
-            found[f"{name}, {n_proto} prototypes"] = value
-        found[f"training, {n_proto} prototypes"] = model.training
-    return found
+    train = m.train
+    train.LinearCrossEntropy = SimpleNamespace(apply=total_ce)
+    train.dist = SimpleNamespace(all_reduce=lambda sums: None)    # the other rank read nothing
+    cfg = train.TrainConfig(batch_size=2, eval_tokens=50)
+    cpu = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    model = model_of(m.prism, rng, n_proto=30, dropout=0.2).train()
+    found = train.evaluate(model, windows, cfg, 0, 1, *cpu)
+    twin = model_of(m.prism, rng, n_proto=0)
+    part = train.evaluate(twin, windows, cfg, 1, 2, *cpu)
+    return found | {"twin, second rank": part["val_ce"],
+                    "in training mode": model.training}
 
 
 def orthogonal(m, rng):
-    wide = m.train.orthogonal(normal(rng, 3, 4), torch.float64)
-    tall = m.train.orthogonal(normal(rng, 5, 4), torch.float64)
-    return {"wide": wide, "tall": tall}
+    return {f"{rows} x 4": m.train.orthogonal(normal(rng, rows, 4), torch.float64)
+            for rows in (3, 5)}
 
 
 def muon(m, rng):
     m.train.orthogonal = lambda g, dtype: g.tanh()       # stands in for yours
     p = torch.nn.Parameter(normal(rng, 3, 5))
-    group = dict(params=[p], lr=0.3, weight_decay=0.2, momentum=0.8)
-    optimizer = m.train.Muon([group], torch.float64)
+    group = dict(params=[p], lr=0.3, weight_decay=0.2)
+    optimizer = m.train.Muon([group], torch.float64, momentum=0.8)
     for _ in range(3):
         p.grad = normal(rng, 3, 5)
         optimizer.step()
@@ -112,25 +106,27 @@ def muon(m, rng):
 
 
 def optimizers(m, rng):
-    names = "weight_decay", "embed_lr_scale", "proto_lr_scale"
-    values = dict(zip(names, rng.random(3)))
     found = {}
     for muon in True, False:
         model = model_of(m.prism, rng)
-        cfg = m.train.TrainConfig(n_proto=7, muon=muon, **values)
+        cfg = m.train.TrainConfig(muon=muon)
+        cfg.embed_lr_scale = rng.random()
+        cfg.proto_lr_scale = rng.random()
         rows = {}
         for optimizer in m.train.make_optimizers(model, cfg, torch.float64):
-            for group in optimizer.param_groups:         # Muon's have no betas
-                row = group["scale"], group["weight_decay"], *group.get("betas", (0, 0))
+            for group in optimizer.param_groups:
+                betas = group.get("betas", (0, 0))       # Muon has none
+                row = [group["scale"], group["weight_decay"], *betas]
                 rows |= dict.fromkeys(group["params"], row)
         found[f"muon {muon}"] = [rows[p] for p in model.parameters()]
     return found
 
 
 def schedule(m, rng):
-    cfg = m.train.TrainConfig(max_iters=24, learning_rate=rng.random())
     found = {}
-    for cfg.warmup_iters, cfg.decay in (7, 0.6), (20, 0.9), (0, 0.0):
+    for warmup, decay in (7, 0.6), (20, 0.9):
+        cfg = m.train.TrainConfig(max_iters=24, warmup_iters=warmup, decay=decay)
+        cfg.learning_rate = rng.random()
         rates = [m.train.learning_rate(step, cfg) for step in range(24)]
-        found[f"{cfg.warmup_iters}, {cfg.decay}"] = rates
+        found[f"warm-up {warmup}"] = rates
     return found
