@@ -168,15 +168,15 @@ def in_sandbox(key, folder, run):
         why = done.stderr.decode(errors="replace").strip()[-300:]
         return {"import": {"error": f"the sandbox failed: {why}"}}, ""
     stream = io.BytesIO(done.stdout)
-    isolated = json.loads(stream.readline())["isolated"]
-    if request["hide"] and not isolated:
-        raise Stop("the project's source cannot be hidden from the submission here; grade where "
-                   "the project is not, or as root of the machine, or with --trusted")
-    found = {}
+    facts = json.loads(stream.readline())
+    if not facts["ready"]:
+        raise Stop("no mount namespace here, so the submission could read the project, or could not "
+                   "read Python; grade where the project is not, with a Python that all may read")
+    found, note = {}, "" if facts["isolated"] else OPEN
     for line in stream:
         facts = json.loads(line)
         found[facts["check"]] = read_frame(stream.read(facts["size"]), facts["why"])
-    return found, "" if isolated else OPEN
+    return found, note
 
 
 def assemble(key, submission, folder):

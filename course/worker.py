@@ -112,11 +112,16 @@ def isolate(hide):
     return not failed
 
 
+def closed_above(place):
+    """The folders above one that other users may not enter, the innermost first"""
+    return [p for p in Path(place).parents if not p.stat().st_mode & 1]
+
+
 def open_python(libc):
     """Python may lie in somebody's home, closed to others: there nothing but Python remains."""
     failed, places = 0, {}
     for place in map(Path, {sys.prefix, sys.base_prefix}):
-        closed = [p for p in place.parents if not p.stat().st_mode & 1]
+        closed = closed_above(place)
         if closed:
             places[place] = closed[-1], os.open(place, os.O_PATH)
     for top in {top for top, _ in places.values()}:
@@ -207,8 +212,10 @@ def nursery():
             importlib.import_module(name)
     checks = programs(Path(request["checks"]))
     isolated = isolate(request["hide"])
-    say({"isolated": isolated})
-    if request["hide"] and not isolated:
+    closed = closed_above(sys.prefix) + closed_above(sys.base_prefix)
+    ready = isolated or not (request["hide"] or closed)
+    say({"isolated": isolated, "ready": ready})
+    if not ready:
         return
     end = time.monotonic() + request["total"]
     for name, seeds in [["import", []], *request["run"]]:

@@ -1,5 +1,6 @@
 """The course pack: cuts, patches, keys, and a grader that hostile submissions get nothing from."""
 import json
+import math
 import os
 import re
 import socket
@@ -68,6 +69,8 @@ ATTACKS = {
     "object array": "import numpy as np\nreturn np.array([[None] * 6] * 40)",
     "str() hangs": "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E()",
 }
+ARRAYS = ("wrong shape", "NaN", "object array", "overloaded comparison", "patched torch",
+          "forged frame")
 
 
 def grader_of(folder, assignment, year=0):
@@ -148,8 +151,11 @@ def test_no_attack_gains_anything(a1, tmp_path):
                 groups.append([(name, places[0], code)])
             else:
                 inside.append((name, code))
-        for i in range(0, len(inside), len(places)):
-            some = inside[i:i + len(places)]
+        # what returns an array of the right kind attacks mix(), the first place
+        inside.sort(key=lambda item: item[0] not in ARRAYS)
+        n = math.ceil(len(inside) / len(places))
+        for i in range(n):
+            some = inside[i::n]
             groups.append([(name, place, code) for (name, code), place in zip(some, places)])
 
         def attack(number, group):
@@ -174,8 +180,8 @@ def test_no_attack_gains_anything(a1, tmp_path):
         "zip bomb": "too long", "reads the reference": "Error",
         "imports the reference": "Error", "parents' memory": "Permission",
         "reads the key": "Permission", "writes to the grader": "Permission", "network": "unreachable",
-        "syntax error": "prism.py, line 11: SyntaxError", "wrong shape": "shape",
-        "import error": "a_package_that_is_not_there", "NaN": "", "object array": "object",
+        "syntax error": "prism.py, line 11: SyntaxError", "wrong shape": "shape (3,)",
+        "import error": "a_package_that_is_not_there", "NaN": "NaN", "object array": "object",
         "str() hangs": "no answer within"}
     for name, words in expected.items():
         assert words in said[name], (name, said[name])

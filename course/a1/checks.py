@@ -10,11 +10,11 @@ def gates_of(rng):
 
 
 def edit_of(m, rng):
-    """Gains around 1, and two directions"""
+    """Gains around 1, and five directions, of which most fire"""
     g = 1 + normal(rng, 7)
-    w = normal(rng, 2, 7)
-    c = 0.1 * normal(rng, 2)
-    u = normal(rng, 2, 6)
+    w = normal(rng, 5, 7)
+    c = 0.1 * normal(rng, 5) - 1
+    u = normal(rng, 5, 6)
     return m.prism.Edit(g, w, c, u)
 
 
@@ -75,6 +75,7 @@ def edited_ledger(m, rng):
     e = model.explain(idx, y, edit)
     return {"logit": e.logit,
             "slices": e.contributions.sum(2),
+            "residual": e.residual,
             "edits": e.edits,
             "slices, gains alone": model.explain(idx, y, edit.g).contributions.sum(2)}
 

@@ -8,7 +8,7 @@ from inputs import integers, model_of, normal
 
 def targets_of(rng, most, *shape):
     y = integers(rng, most, *shape)
-    y[normal(rng, *shape) < -0.7] = -1                   # a quarter is to be ignored
+    y[normal(rng, *shape) < 0] = -1                      # half of them are to be ignored
     return y
 
 
@@ -39,8 +39,11 @@ def losses(m, rng):
     last, _ = model(idx, gains=g)
     _, terms = model(idx, y, return_terms=True)
     _, training = model.train()(idx, y, return_terms=True)
-    return {"logits": logits, "last logits": last, "loss": loss,
-            "terms": terms, "terms in training": training}
+    return {"logits": logits,
+            "loss": loss,
+            "last logits": last,
+            "terms": terms,
+            "terms in training": training}
 
 
 def loss_gradient(m, rng):
@@ -79,10 +82,11 @@ def evaluation(m, rng):
     train = m.train
     train.LinearCrossEntropy = SimpleNamespace(apply=total_ce)
     train.dist = SimpleNamespace(all_reduce=lambda sums: None)    # the other rank read nothing
-    cfg = train.TrainConfig(batch_size=2, eval_tokens=50)
+    cfg = train.TrainConfig(batch_size=2)
     cpu = torch.device("cpu"), torch.autocast("cpu", enabled=False)
     model = model_of(m.prism, rng, n_proto=30, dropout=0.2).train()
     found = train.evaluate(model, windows, cfg, 0, 1, *cpu)
+    cfg.eval_tokens = 50
     twin = model_of(m.prism, rng, n_proto=0)
     part = train.evaluate(twin, windows, cfg, 1, 2, *cpu)
     return found | {"twin, second rank": part["val_ce"],
@@ -97,8 +101,8 @@ def orthogonal(m, rng):
 def muon(m, rng):
     m.train.orthogonal = lambda g, dtype: g.tanh()       # stands in for yours
     p = torch.nn.Parameter(normal(rng, 3, 5))
-    group = dict(params=[p], lr=0.3, weight_decay=0.2)
-    optimizer = m.train.Muon([group], torch.float64, momentum=0.8)
+    group = dict(params=[p], lr=0.3, weight_decay=0.2, momentum=0.8)
+    optimizer = m.train.Muon([group], torch.float64)
     for _ in range(3):
         p.grad = normal(rng, 3, 5)
         optimizer.step()
@@ -124,9 +128,8 @@ def optimizers(m, rng):
 
 def schedule(m, rng):
     found = {}
-    for warmup, decay in (7, 0.6), (20, 0.9):
+    for warmup, decay in (7, 0.6), (20, 0.9), (0, 0.0):
         cfg = m.train.TrainConfig(max_iters=24, warmup_iters=warmup, decay=decay)
         cfg.learning_rate = rng.random()
-        rates = [m.train.learning_rate(step, cfg) for step in range(24)]
-        found[f"warm-up {warmup}"] = rates
+        found[f"warm-up {warmup}"] = [m.train.learning_rate(step, cfg) for step in range(24)]
     return found
