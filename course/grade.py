@@ -67,8 +67,8 @@ def first_fault(found, expected):
         off = difference(mine, right)
         if off > tolerance(right):
             at = np.unravel_index(np.abs(mine - right).argmax(), mine.shape)
-            place = f"[{', '.join(map(str, at))}]"
-            return f"{name} {mine.shape} is off by {off:.1e} of its largest entry at {place}"
+            place = f" at [{', '.join(map(str, at))}]" if at else ""
+            return f"{name} {mine.shape} is off by {off:.1e} of its largest entry{place}"
     return ""
 
 
