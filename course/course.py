@@ -23,7 +23,6 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -378,8 +377,6 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["check"]:  # TEMPORARY
-        sys.exit(subprocess.call([sys.executable, str(ROOT / "tests/prove_course.py"), *sys.argv[2:]]))
     try:
         main()
     except (Stop, OSError) as error:

@@ -2,68 +2,79 @@
 import numpy as np
 import torch
 from inputs import integers, model_of, normal
-from torch.nn.functional import cross_entropy
 
 
-def problem(m, rng, N=30):
-    """Held tokens, W, P, their Records, and autograd's Hessian of the summed loss (M, d, M, d).
-    Gates are often 0, and prototype 6 never fires."""
-    W, P, residual = 0.4 * normal(rng, 11, 6), normal(rng, 7, 6), normal(rng, N, 6)
-    ids = torch.from_numpy(rng.random((N, 6)).argsort(1)[:, :3].copy())
-    gates, y = normal(rng, N, 3).relu(), integers(rng, 11, N)
-
-    def logits(P):
-        return (residual + (gates[..., None] * P[ids]).sum(1)) @ W.T
-    H = torch.func.hessian(lambda P: cross_entropy(logits(P), y, reduction="sum"))(P)
-    pi, loss = logits(P).softmax(1), cross_entropy(logits(P), y, reduction="none")
-    r = m.attribute.Records(ids, gates, W[y] - pi @ W, pi, pi @ W, loss)
-    return m.refit.Held(ids, gates, residual, y), W, P, r, H
+def records_of(m, rng):
+    """W, and Records of 30 tokens; of seven prototypes the last never fires"""
+    W = 0.4 * normal(rng, 11, 6)
+    ids = normal(rng, 30, 6).argsort()[:, :3]
+    gates = normal(rng, 30, 3).relu()
+    errors = normal(rng, 30, 6)
+    pi = normal(rng, 30, 11).softmax(1)
+    loss = normal(rng, 30)
+    return W, m.attribute.Records(ids, gates, errors, pi, pi @ W, loss)
 
 
-def summed(m, W, r):
-    """A Curvature that was given the tokens in three batches"""
-    c = m.attribute.Curvature(W, 7)
-    for at in slice(17), slice(17, 29), slice(29, 30):
-        c.add(m.attribute.Records(*(u[at] for u in r)))
-    return c
+def held_of(m, rng):
+    """W, and 30 tokens whose gates and residuals are held"""
+    W, r = records_of(m, rng)
+    residual = normal(rng, 30, 6)
+    targets = integers(rng, 11, 30)
+    return W, m.refit.Held(r.ids, r.gates, residual, targets)
 
 
-def index_of(m, **attributes):
-    index = m.attribute.Index.__new__(m.attribute.Index)          # without its files
-    vars(index).update(attributes)
+def hessian(W, r):
+    """Autograd's, of the summed loss in P (M, d, M, d), at P = 0, where the softmax is r.pi"""
+    def loss(P):
+        states = torch.einsum("sk,skd->sd", r.gates, P[r.ids])
+        logits = r.pi.log() + states @ W.T
+        return logits.logsumexp(1).sum()                 # a target's logit is linear in P
+    return torch.func.hessian(loss)(W.new_zeros(7, 6))
+
+
+def index_of(m):
+    """An Index without its files"""
+    index = m.attribute.Index.__new__(m.attribute.Index)
+    index.factors = np.zeros((7, 6, 6))
     return index
 
 
 def records(m, rng):
-    import prism                                                  # that of the release
-    V = 2 ** 14                                                   # log softmax comes in two chunks
-    idx, y = integers(rng, V, 10, 8), integers(rng, V, 10, 8)
-    r = m.attribute.records(model_of(prism, rng, vocab_size=V), idx, y)
+    import prism                                         # that of the release
+    V = 2 ** 14                                          # log softmax comes in two chunks
+    model = model_of(prism, rng, vocab_size=V)
+    idx, y = integers(rng, V, 2, 10, 8)
+    r = m.attribute.records(model, idx, y)
     return r._replace(pi=r.pi[:, ::512])._asdict()
 
 
 def curvature(m, rng):
-    _, W, _, r, _ = problem(m, rng)
-    c = summed(m, W, r)
+    W, r = records_of(m, rng)
+    c = m.attribute.Curvature(W, 7)
+    c.add(r)
+    c.add(r)
     return {"D": c.D, "S": c.S}
 
 
 def oracle_blocks(m, rng):
-    _, W, _, r, H = problem(m, rng)
-    c, some, mu = summed(m, W, r), (0, 0, 5, 6), 0.5 * torch.eye(6, dtype=W.dtype)
-    found = torch.stack([c.block(i, 0.5) for i in some])
-    return {"blocks": torch.stack((found, torch.stack([H[i, :, i] + mu for i in some])))}
+    W, r = records_of(m, rng)
+    c = m.attribute.Curvature(W, 7)
+    c.add(r)
+    mine = c.block(0, 0.5)
+    right = hessian(W, r)[0, :, 0] + 0.5 * torch.eye(6)
+    return {"block": torch.stack((mine, right))}
 
 
 def blocks(m, rng):
-    return {"blocks": oracle_blocks(m, rng)["blocks"][0]}
+    return {"block": oracle_blocks(m, rng)["block"][0]}
 
 
 def oracle_product(m, rng):
-    _, W, _, r, H = problem(m, rng)
+    W, r = records_of(m, rng)
     v = normal(rng, 2, 7, 6)
-    Hv = torch.einsum("iajb,qjb->qia", H, v)
-    return {"Hv": torch.stack((m.attribute.curvature_product(W, r, v), Hv))}
+    mine = m.attribute.curvature_product(W, r, v)
+    right = torch.einsum("iajb,qjb->qia", hessian(W, r), v)
+    return {"Hv": torch.stack((mine, right))}
 
 
 def product(m, rng):
@@ -71,61 +82,59 @@ def product(m, rng):
 
 
 def spreading(m, rng):
-    r, index = problem(m, rng)[3], index_of(m, factors=np.zeros((7, 6, 6)))
-    target = m.attribute.Records(*(u[:8] for u in r))
-    return {"sums": m.attribute.spread(r, normal(rng, 30, 4), 7), "b": index.right_side(target)}
+    _, r = records_of(m, rng)
+    sums = m.attribute.spread(r, r.pi, 7)
+    return {"sums": sums, "b": index_of(m).right_side(r)}
 
 
 def solver(m, rng):
-    A, t, b = normal(rng, 12, 12), 0.2 + normal(rng, 4, 3).abs(), normal(rng, 3, 4, 3)
-    A = A @ A.T / 12 + 0.1 * torch.eye(12, dtype=A.dtype)
-    b[1], b[2] = 100 * b[1], 0 * b[2]
-    found = {}
-    for name, options in ("third", {"tol": 1e-9, "max_iters": 3}), ("last", {}):
-        x, residual, steps = m.attribute.conjugate_gradients(
-            lambda v: (v.flatten(1) @ A).view_as(v), b, lambda v: t * v, **options)
-        found |= {f"{name} x of b {q}": x[q] for q in range(3)}
-        found |= {f"{name} residual": residual, f"{name} step": steps}
-    return found
+    A = 0.3 * normal(rng, 12, 12)
+    A = A @ A.T + torch.eye(12)
+    t = 1 + normal(rng, 12, 1).abs()
+    b = normal(rng, 3, 12, 2)
+    b[2] = 0
+    solve = m.attribute.conjugate_gradients
+    x, residual, steps = solve(lambda v: A @ v, b, lambda v: t * v)
+    return {"x": x, "residual": residual, "steps": steps}
 
 
 def block_solver(m, rng):
-    L = normal(rng, 7, 6, 6).tril(-1) + 3 * torch.eye(6, dtype=torch.float64)
-    index, b = index_of(m, factors=L.numpy()), normal(rng, 3, 7, 6)
-    b[:, 1] = b[0, 2] = 0
-    return {"x": index.solve_blocks(b), "nothing": index.solve_blocks(0 * b)}
+    index = index_of(m)
+    L = normal(rng, 7, 6, 6).tril(-1) + 3 * torch.eye(6)
+    index.factors = L.numpy()
+    b = normal(rng, 2, 7, 6)
+    b[:, 3] = 0
+    return {"x": index.solve_blocks(b)}
 
 
-def scores(m, rng, N=60):
-    """All inputs are multiples of 1/8, so that sums in float32 are exact."""
-    ids = rng.random((N, 7)).argsort(1)[:, :3].astype(np.uint8)
-    gates = (rng.integers(0, 9, (N, 3)) / 8).astype(np.float16)
-    errors = (rng.integers(-30, 31, (N, 6)) / 8).astype(np.float16)
-    x = torch.from_numpy(rng.integers(-30, 31, (2, 7, 6)) / 8).float()
-    x[:, 3] = x[0, 4] = 0
-    index = index_of(m, ids=ids, gates=gates, errors=errors, positions=np.arange(N) + 5)
-    index.factors = np.zeros((7, 6, 6), np.float32)
-    index.order = np.argsort(ids, axis=None, kind="stable")
-    index.start = np.append(0, np.bincount(ids.ravel(), minlength=7).cumsum())
-    return {"scores": index.token_scores(x)}
+def scores(m, rng):
+    index = index_of(m)
+    _, r = records_of(m, rng)
+    index.positions = np.arange(30)
+    index.ids = r.ids.numpy()
+    index.gates = np.float16(r.gates)
+    index.errors = np.float16(r.errors)
+    places = index.ids.ravel()
+    index.order = places.argsort()
+    index.start = np.searchsorted(np.sort(places), range(8))
+    found = index.token_scores(normal(rng, 2, 7, 6).float())
+    return {"scores": np.float32(found)}                 # to be compared as such
 
 
 def sums(m, rng):
-    index, s = index_of(m), rng.standard_normal(40)
-    index.unit_of = {"token": np.arange(40), "document": np.sort(rng.integers(1, 6, 40))}
-    index.names = {"token": np.arange(40), "document": list("abcdefgh")}  # a, g, h: no tokens
-    return {level: index.sums(s, level) for level in index.names}
+    index = index_of(m)
+    index.unit_of = {"document": rng.integers(1, 6, 40)}
+    index.names = {"document": list("abcdefgh")}         # a, g and h have no tokens
+    return {"sums": index.sums(rng.random(40), "document")}
 
 
 def held(m, rng):
-    tokens, W, P, _, _ = problem(m, rng)
-    return tokens.records(W, P + normal(rng, 7, 6))._asdict()
+    W, tokens = held_of(m, rng)
+    return tokens.records(W, normal(rng, 7, 6))._asdict()
 
 
 def fit(m, rng):
-    tokens, W, P, _, _ = problem(m, rng)
-    tilt = m.refit.right_side(tokens.records(W, P), 7) + 0.3 * normal(rng, 7, 6)
-    start, tokens = P + 0.05 * normal(rng, 7, 6), tokens.take(slice(24))
-    rest = W, P, start, tilt, 4.0, lambda v: v / 4
-    return {"minimum": m.refit.fit(tokens, *rest, 1e-11),
-            "start": m.refit.fit(tokens, *rest, 1e3)}             # its gradient is small enough
+    W, tokens = held_of(m, rng)
+    P_0, P, tilt = normal(rng, 3, 7, 6)
+    found = m.refit.fit(tokens, W, P_0, P, tilt, 10.0, lambda v: v / 10, 1e-11)
+    return {"P": found}
