@@ -66,14 +66,17 @@ class Mistake(NamedTuple):
 def read_checks(assignment):
     """The table of handout.md: | `check` | points | `file: function, function` | what |"""
     checks = []
-    for line in (HERE / assignment / "handout.md").read_text("utf-8").splitlines():
+    text = (HERE / assignment / "handout.md").read_text("utf-8")
+    for line in text.splitlines():
         row = re.fullmatch(r"\| `(\w+)` \| (\d+) \| `([\w/.]+): ([\w., ]+)` \| (.+) \|", line)
         if row:
             name, points, file, functions, what = row.groups()
             stubs = [(file, function) for function in functions.split(", ")]
             checks.append(Check(name, int(points), stubs, what))
-    if not checks:
-        raise Stop(f"{assignment}/handout.md has no table of checks")
+    total = sum(check.points for check in checks)
+    if f"Code {total} points" not in text:
+        raise Stop(f"{assignment}/handout.md: expected the words 'Code {total} points', the sum of "
+                   "its table")
     return checks
 
 
@@ -244,6 +247,8 @@ def numbers(assignment, year, check, seeds, count):
 def make_key(assignment, year, seeds_of, count):
     """The key of numbers at `count` seeds of seeds_of() -> dict of key.json, arrays of key.npz"""
     checks = read_checks(assignment)
+    for mistake in read_mistakes(assignment):            # all fit the published source
+        patched(source(assignment), mistake)
     arrays, seeds, messages, rows = {}, {}, {}, []
     for check in checks:
         found, messages[check.name] = numbers(assignment, year, check, seeds_of(), count)
@@ -317,10 +322,10 @@ def autograder(options):
     """What grades: kept files, checks and the key of secret seeds; and a zip for Gradescope"""
     assignment, year = options.assignment, options.year
     with made(options.out / f"{assignment}-{year or 'published'}-grader") as folder:
+        files = stubbed(assignment, year)
         facts, arrays = make_key(assignment, year, secret_seeds, HIDDEN_SEEDS)
         facts["project"] = str(ROOT)                     # hidden, where it is on the same machine
         write_grader(folder, assignment, facts, arrays)
-        files = stubbed(assignment, year)
         del files["HANDOUT.md"]
         write_files(folder / "files", files)
         shutil.copytree(HERE / "gradescope", folder, dirs_exist_ok=True)
@@ -373,7 +378,10 @@ def main():
     command = {"release": release, "autograder": autograder}[options.command]
     if options.assignment == "a5":
         command = research
-    command(options)
+    try:
+        command(options)
+    except Stop as error:
+        raise Stop(f"{options.assignment}: {error}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def first_fault(found, expected):
         if off > tolerance(right):
             at = np.unravel_index(np.abs(mine - right).argmax(), mine.shape)
             place = f" at [{', '.join(map(str, at))}]" if at else ""
-            return f"{name} {mine.shape} is off by {off:.1e} of its largest entry{place}"
+            return (f"{name} {mine.shape} is off by {off:.1e} of its largest entry{place}, where "
+                    f"it holds {mine[at]:.6g}")
     return ""
 
 
@@ -90,7 +91,7 @@ def judge(key, check, arrays):
         if told:
             why = f"{why}. These are the numbers of this mistake: {' -- or: '.join(told)}"
         again = f".venv/bin/python grader/grade.py . --trusted --check={check} --seed={seed}"
-        return False, f"{why}. Seed {seed}; to run it again: {again}"
+        return False, f"{why}. Seed {seed}; to see your numbers: {again}"
     return True, ""
 
 
@@ -170,8 +171,8 @@ def in_sandbox(key, folder, run):
     stream = io.BytesIO(done.stdout)
     facts = json.loads(stream.readline())
     if not facts["ready"]:
-        raise Stop("no mount namespace here, so the submission could read the project, or could not "
-                   "read Python; grade where the project is not, with a Python that all may read")
+        raise Stop("no mount namespace here, so the submission could read the project, or could "
+                   "not read Python; grade where the project is not, with a Python open to all")
     found, note = {}, "" if facts["isolated"] else OPEN
     for line in stream:
         facts = json.loads(line)
@@ -180,19 +181,24 @@ def in_sandbox(key, folder, run):
 
 
 def assemble(key, submission, folder):
-    """The kept files of the assignment, and over them the submitted ones -> in `folder`"""
+    """The kept files of the assignment, over them the submitted ones -> in `folder`; a problem, and
+    the files that are missing: their stubs stay."""
     shutil.copytree(HERE / "files", folder, dirs_exist_ok=True)
+    missing = []
     for name in key.files:
         path = Path(submission) / name
-        if not path.exists():
-            path = Path(submission) / Path(name).name    # all uploaded side by side
-        if not path.exists():
-            return f"{name} is missing from the submission"
+        if not path.exists():                            # uploaded without or in another folder
+            path, *more = [*Path(submission).rglob(Path(name).name), None]
+            if path is None or more != [None]:
+                missing.append(name)
+                continue
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode) or path.stat().st_size > LARGEST:
-            return f"{name} is no file of at most {LARGEST:,} bytes"
+            return f"{name} is no file of at most {LARGEST:,} bytes", missing
         (folder / name).write_bytes(path.read_bytes())
-    return ""
+    if missing == key.files:
+        return f"none of {', '.join(missing)} is in the submission", missing
+    return "", missing
 
 
 def grade(key, submission, run, trusted):
@@ -202,12 +208,16 @@ def grade(key, submission, run, trusted):
         return in_process(key, submission, checks, run), ""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        problem = assemble(key, submission, Path(folder))
+        problem, missing = assemble(key, submission, Path(folder))
         if problem:
             return {"import": {"error": problem}}, ""
         if trusted:
-            return in_process(key, folder, checks, run), ""
-        return in_sandbox(key, folder, run)
+            found, note = in_process(key, folder, checks, run), ""
+        else:
+            found, note = in_sandbox(key, folder, run)
+    if missing:
+        note = f"missing, or there more than once: {', '.join(missing)}. {note}"
+    return found, note
 
 
 # ------------------------------------------- reporting
@@ -260,6 +270,18 @@ def write(path, result):
     os.replace(temporary, path)
 
 
+def may_grade(trusted):
+    """Raises Stop unless the sandbox can be set up; closes the keys to the submission's user."""
+    if trusted:
+        return
+    if not (HERE / "files").exists():
+        raise Stop("a release checks only your own work: give --trusted")
+    if os.geteuid():
+        raise Stop("grading others' work needs root, for a user id of its own; or --trusted")
+    for path in [*HERE.glob("key.*"), *HERE.glob("board.npz")]:
+        path.chmod(0o600)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,17 +291,16 @@ def main():
     parser.add_argument("--check", help="run only this one")
     parser.add_argument("--seed", type=int, help="with this seed, and print its arrays")
     options = parser.parse_args()
+    if not Path(options.submission).is_dir():
+        raise Stop(f"there is no folder {options.submission}")
+    may_grade(options.trusted)
     key = Key(HERE)
     run = [(c["name"], key.seeds[c["name"]]) for c in key.checks]
     if options.check:
         run = [(name, seeds) for name, seeds in run if name == options.check]
-    if not run or not Path(options.submission).is_dir():
+    if not run:
         names = ", ".join(check["name"] for check in key.checks)
-        raise Stop(f"expected a folder and one of the checks {names}")
-    if not options.trusted and not (HERE / "files").exists():
-        raise Stop("a release checks only your own work: give --trusted")
-    if not options.trusted and os.geteuid():
-        raise Stop("grading others' work needs root, for a user id of its own; or --trusted")
+        raise Stop(f"found the check {options.check}, expected one of {names}")
     if options.seed is not None:
         run = [(name, [options.seed]) for name, _ in run]
         found, _ = grade(key, options.submission, run, options.trusted)
@@ -287,9 +308,6 @@ def main():
             for name, array in arrays.items():
                 print(f"{name} {array.shape}\n{array}")
         return
-    if not options.trusted:
-        for path in HERE.glob("key.*"):                  # the submission's user cannot read these
-            path.chmod(0o600)
     found, note = grade(key, options.submission, run, options.trusted)
     key.checks = [check for check in key.checks if check["name"] in dict(run)]
     result = results(key, found, note)
