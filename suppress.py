@@ -17,8 +17,7 @@ all tokens of the text.
                 benign  of the tokens v with b_v > 0 there, rise in percent
                 KL      (pi_t || pi'_t) on text with none of it within 32 tokens, in nats
 
-`find` takes the strongest edit at an allowed price on one half of the held-out text; `sweep`
-measures on the other.
+`find` takes the strongest edit at a price on half the held-out text; `sweep` measures on the rest.
 """
 import difflib
 import itertools
@@ -470,7 +469,8 @@ def samples(run, idx, behavior, max_new_tokens, temperature, seed, gains=None):
                               n_vocab=run.tokenizer.n_vocab)
     for row in rows.tolist():
         _, onset = marks(row, pattern, pieces)
-        yield int(onset[idx.size(1):].sum()), run.decode(row)
+        matches = int(onset[idx.size(1):].sum())
+        yield matches, run.decode(row)
 
 
 def apply(argv):
@@ -508,8 +508,8 @@ def sweep(argv):
     edit = load_gains(cfg.gains, model)
     found, lam = read_facts(cfg.gains)
     b, train, _, test = behavior_states(run, found)
-    # teacher-forced, by strength; the control is fitted on as many other prototypes
-    control = fit(model, train, other_prototypes(edit, cfg.seed), found.mode, lam, cfg.seed)
+    others = other_prototypes(edit, cfg.seed)
+    control = fit(model, train, others, found.mode, lam, cfg.seed)
     before = measure(model, test, b)
     rows = []
     for strength in STRENGTHS:
