@@ -498,7 +498,8 @@ def other_prototypes(edit, seed):
     used = edit.w.any(0) | (edit.g != 1)
     spare = (~used).nonzero()[:, 0]
     rng = torch.Generator().manual_seed(seed)
-    return spare[torch.randperm(len(spare), generator=rng)[:used.sum().item()]]
+    order = torch.randperm(len(spare), generator=rng)
+    return spare[order[:used.sum()]]
 
 
 def sweep(argv):
@@ -519,11 +520,10 @@ def sweep(argv):
             row[name] = effect(test, b, before, after, T)
             print(f"{name:>7} x{strength:<4}  {shown(row[name])}", flush=True)
         rows.append(row)
-    # sampled: the texts with most matches before, and what becomes of them
     idx = beginnings(run, 64, cfg.seed)
     options = found.behavior, 100, 1.0, cfg.seed
     pairs = zip(samples(run, idx, *options), samples(run, idx, *options, edit))
-    most = sorted(pairs, reverse=True)[:4]
+    most = sorted(pairs, reverse=True)[:4]                        # texts with most matches before
     before, after = zip(*most)
     path = Path(cfg.gains).with_suffix(".sweep.json")
     name = found.behavior or found.source or found.texts
