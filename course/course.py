@@ -331,6 +331,7 @@ def autograder(options):
         shutil.copytree(HERE / "gradescope", folder, dirs_exist_ok=True)
         shutil.make_archive(folder.parent / "grader", "zip", folder)
         shutil.move(folder.parent / "grader.zip", folder)
+        folder.chmod(0o700)                              # it holds the key
 
 
 # ------------------------------------------- A5
@@ -358,6 +359,7 @@ def research(options):
         write_grader(grader, "a5", facts, content)
         (grader / "key.npz").rename(grader / "board.npz")
         shutil.copy(HERE / "a5/board.py", grader)
+        grader.chmod(0o755 if is_release else 0o700)
         if is_release:
             handout = students((HERE / "a5/handout.md").read_text("utf-8"))
             makefile = (HERE / "student.mk").read_text("utf-8")

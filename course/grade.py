@@ -9,11 +9,15 @@ and those of typical mistakes. They are equal if they differ by at most 1e-7 of 
 """
 import argparse
 import ast
+import contextlib
 import io
 import json
 import os
+import pwd
 import secrets
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -110,6 +114,12 @@ class Key:
 
 
 # ------------------------------------------- running
+def printable(words):
+    """What a submission says, on one short line that does nothing to a terminal"""
+    words = " ".join(str(words).split())[:400]
+    return "".join(c if c.isprintable() else "?" for c in words)
+
+
 def read_frame(frame, why):
     """What a worker sent -> {name: array}; "error" if it is not an .npz of numbers"""
     if why:
@@ -119,9 +129,15 @@ def read_frame(frame, why):
         if sum(sizes) > worker.MOST:
             return {"error": "the answer is too long"}
         with np.load(io.BytesIO(frame), allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+            arrays = {name: np.asarray(content[name]) for name in content.files}
     except Exception:                                    # a forged frame can be anything
         return {"error": "the answer is no .npz of numbers"}
+    if "error" in arrays:
+        return {"error": printable(arrays["error"])}
+    kinds = {array.dtype.kind for array in arrays.values()}
+    if not kinds <= set("biuf") or len(str(list(arrays))) > 10000:
+        return {"error": "the answer is no .npz of numbers"}
+    return arrays
 
 
 def in_process(key, folder, checks, run):
@@ -144,27 +160,56 @@ def modules_used():
     return sorted(found)
 
 
-def project_files(project):
-    """What a submission must not see: the project that the key was made of, if it is still here"""
-    folder = Path(project)
-    if not (folder / "course/course.py").exists():
-        return []
-    return [str(p) for p in folder.iterdir() if p.name != ".venv"]
+def hidden(project):
+    """What a submission must not see: the project that the key was made of, wherever it is now"""
+    places = [Path(project), *HERE.parents]
+    found = [p for p in places if project and (p / "course/course.py").exists()]
+    return [str(place) for place in found]
 
 
-def in_sandbox(key, folder, run):
+def free_user():
+    """Two user ids that nobody has: one for the submission, the next for what kills its processes
+    -> the first, a socket that holds a lock on both"""
+    for uid in range(50000, 60000, 2):
+        lock = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            lock.bind(f"\0course grader {uid}")
+            if not {uid, uid + 1} & in_use():
+                return uid, lock
+    raise Stop("all user ids from 50000 to 60000 are in use")
+
+
+def in_use():
+    """User ids that have a name or a process"""
+    found = {entry.pw_uid for entry in pwd.getpwall()}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.add(path.stat().st_uid)
+    return found
+
+
+def in_sandbox(key, submission, folder, run):
     """{check: arrays}, each check in a child of a user of its own; notes on what was not closed"""
-    uid = 50000 + os.getpid() % 10000                    # nobody else's
-    with tempfile.TemporaryDirectory() as scratch:
-        os.chown(scratch, uid, uid)
-        request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, run=run,
-                       scratch=scratch, checks=str(HERE / "checks.py"), preload=modules_used(),
-                       hide=project_files(key.project))
-        names = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
-        clean = {"PATH": "/usr/bin:/bin", "HOME": scratch, "USER": "student", "TMPDIR": scratch}
-        done = subprocess.run([sys.executable, "-I", str(HERE / "worker.py")], cwd="/",
-                              input=json.dumps(request).encode(), capture_output=True,
-                              env=clean | dict.fromkeys(names, "1"))
+    uid, lock = free_user()
+    scratch = tempfile.mkdtemp()
+    os.chown(scratch, uid, uid)
+    request = dict(key.limits, uid=uid, folder=str(folder), files=key.files, run=run,
+                   scratch=scratch, checks=str(HERE / "checks.py"), preload=modules_used(),
+                   hide=hidden(key.project), beside=str(Path(submission).resolve().parent))
+    env = {"PATH": "/usr/bin:/bin", "HOME": scratch, "USER": "student", "TMPDIR": scratch,
+           "PYTHONHASHSEED": "0"}
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        env[name] = "1"
+    words = [sys.executable, "-s", "-P", str(HERE / "worker.py")]
+    try:
+        done = subprocess.run(words, cwd="/", input=json.dumps(request).encode(), env=env,
+                              capture_output=True, timeout=key.limits["total"] + 60)
+    except subprocess.TimeoutExpired:
+        return {"import": {"error": "the sandbox did not end"}}, ""
+    finally:
+        worker.sweep(uid)                                # if the nursery was killed, or at Ctrl-C
+        subprocess.run(["rm", "-rf", scratch])           # rmtree fails on very deep folders
+        lock.close()
     if done.returncode:
         why = done.stderr.decode(errors="replace").strip()[-300:]
         return {"import": {"error": f"the sandbox failed: {why}"}}, ""
@@ -193,7 +238,8 @@ def assemble(key, submission, folder):
                 missing.append(name)
                 continue
         mode = os.lstat(path).st_mode
-        if not stat.S_ISREG(mode) or path.stat().st_size > LARGEST:
+        inside = path.resolve().is_relative_to(Path(submission).resolve())
+        if not inside or not stat.S_ISREG(mode) or path.stat().st_size > LARGEST:
             return f"{name} is no file of at most {LARGEST:,} bytes", missing
         (folder / name).write_bytes(path.read_bytes())
     if missing == key.files:
@@ -207,14 +253,14 @@ def grade(key, submission, run, trusted):
     if trusted and not (HERE / "files").exists():        # a release: the folder is complete
         return in_process(key, submission, checks, run), ""
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
         problem, missing = assemble(key, submission, Path(folder))
         if problem:
             return {"import": {"error": problem}}, ""
         if trusted:
             found, note = in_process(key, folder, checks, run), ""
         else:
-            found, note = in_sandbox(key, folder, run)
+            subprocess.run(["chmod", "-R", "a+rX", folder], check=True)   # whatever the umask is
+            found, note = in_sandbox(key, submission, folder, run)
     if missing:
         note = f"missing, or there more than once: {', '.join(missing)}. {note}"
     return found, note
@@ -265,8 +311,9 @@ def consult_oracles(key, folder, checks):
 
 
 def write(path, result):
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(result, indent=1), "utf-8")
+    temporary = Path(f"{path}.{secrets.token_hex(8)}")
+    with open(temporary, "x", encoding="utf-8") as f:    # never through a link that is there
+        json.dump(result, f, indent=1)
     os.replace(temporary, path)
 
 
@@ -278,8 +325,8 @@ def may_grade(trusted):
         raise Stop("a release checks only your own work: give --trusted")
     if os.geteuid():
         raise Stop("grading others' work needs root, for a user id of its own; or --trusted")
-    for path in [*HERE.glob("key.*"), *HERE.glob("board.npz")]:
-        path.chmod(0o600)
+    HERE.chmod(0o700)                                    # the key, and the zip that holds it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # as Ctrl-C: what runs is killed
 
 
 def main():
@@ -311,11 +358,11 @@ def main():
     found, note = grade(key, options.submission, run, options.trusted)
     key.checks = [check for check in key.checks if check["name"] in dict(run)]
     result = results(key, found, note)
-    print(table(result))
-    if options.trusted and not (HERE / "files").exists():
-        consult_oracles(key, options.submission, worker.programs(HERE / "checks.py"))
     if options.out:
         write(options.out, result)
+    print(table(result).encode("ascii", "backslashreplace").decode())
+    if options.trusted and not (HERE / "files").exists():
+        consult_oracles(key, options.submission, worker.programs(HERE / "checks.py"))
 
 
 if __name__ == "__main__":

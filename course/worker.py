@@ -1,6 +1,6 @@
 """Runs checks on a submission: in this process, or in a sandbox. Only arrays come back.
 
-    python -I worker.py < request.json > frames        started by grade.py, as root
+    python -s -P worker.py < request.json > frames     started by grade.py, as root
 
 The sandbox: a nursery that runs no foreign code imports numpy and torch and forks a child for each
 check. The child becomes a user of its own, with limits and without a network, and only then imports
@@ -27,6 +27,7 @@ MOST = 2 ** 24                                           # bytes of a frame
 LIMITS = {"RLIMIT_AS": 2 ** 33, "RLIMIT_NPROC": 64, "RLIMIT_CORE": 0, "RLIMIT_NOFILE": 256}
 SUBREAPER, NO_NEW_PRIVS = 36, 38                         # of prctl
 NEW_MOUNT, NEW_IPC, NEW_NET = 0x00020000, 0x08000000, 0x40000000
+TEMPORARY = "/tmp", "/var/tmp", "/dev/shm"
 PRIVATE, BIND = 0x44000, 0x1000                          # of mount
 
 
@@ -66,7 +67,7 @@ def describe(error, folder):
         return f"{place}not written yet"
     if isinstance(error, SyntaxError):
         place = f"{Path(error.filename or '').name}, line {error.lineno}: "
-    words = " ".join(f"{type(error).__name__}: {error}".split())
+    words = " ".join(f"{type(error).__name__}: {error}".split()).replace(f"{folder}/", "")
     return place + re.sub("0x[0-9a-f]+", "0x...", words)[:300]
 
 
@@ -83,7 +84,7 @@ def numbers(value):
 def answer(folder, files, check, seeds):
     """Runs check(modules, rng) with each seed -> {"seed/name": array}, or {"error": text}"""
     import torch
-    arrays = {}
+    arrays, seed = {}, None
     try:
         modules = load(folder, files)
         for seed in seeds:
@@ -91,45 +92,34 @@ def answer(folder, files, check, seeds):
             for name, value in check(modules, np.random.default_rng(seed)).items():
                 arrays[f"{seed}/{name}"] = numbers(value)
     except BaseException as error:                       # sys.exit and recursion too
-        return {"error": np.array(describe(error, folder))}
+        where = "" if seed is None else f", at seed {seed}"
+        return {"error": np.array(describe(error, folder) + where)}
     return arrays
 
 
 # ------------------------------------------- the sandbox
-def isolate(hide):
-    """A mount and a network namespace of our own, in which these paths are empty -> done or not"""
+def isolate(hide, keep):
+    """A mount and a network namespace of our own, in which these folders are empty but for what is
+    kept; /tmp and its like are ours alone and vanish with us -> done or not"""
     libc = ctypes.CDLL(None)
     libc.prctl(SUBREAPER, 1, 0, 0, 0)                    # orphans become ours, to be waited for
     if libc.unshare(NEW_MOUNT | NEW_IPC | NEW_NET):
         return False
     failed = libc.mount(b"none", b"/", None, PRIVATE, None)
-    failed |= open_python(libc)
-    for path in filter(os.path.exists, hide):
+    keep = {place: os.open(place, os.O_PATH) for place in keep}
+    for path in sorted(hide):                            # the outer ones first
         if os.path.isdir(path):
-            failed |= libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, b"mode=000")
-        else:
-            failed |= libc.mount(b"/dev/null", path.encode(), None, BIND, None)
+            failed |= libc.mount(b"tmpfs", path.encode(), b"tmpfs", 0, b"mode=1777,size=1g")
+    for place, number in keep.items():
+        if any(Path(place).is_relative_to(path) for path in hide):
+            Path(place).mkdir(parents=True, exist_ok=True)
+            failed |= libc.mount(b"/proc/self/fd/%d" % number, place.encode(), None, BIND, None)
     return not failed
 
 
 def closed_above(place):
     """The folders above one that other users may not enter, the innermost first"""
-    return [p for p in Path(place).parents if not p.stat().st_mode & 1]
-
-
-def open_python(libc):
-    """Python may lie in somebody's home, closed to others: there nothing but Python remains."""
-    failed, places = 0, {}
-    for place in map(Path, {sys.prefix, sys.base_prefix}):
-        closed = closed_above(place)
-        if closed:
-            places[place] = closed[-1], os.open(place, os.O_PATH)
-    for top in {top for top, _ in places.values()}:
-        failed |= libc.mount(b"tmpfs", bytes(top), b"tmpfs", 0, b"mode=755")
-    for place, (_, number) in places.items():
-        place.mkdir(parents=True, exist_ok=True)
-        failed |= libc.mount(b"/proc/self/fd/%d" % number, bytes(place), None, BIND, None)
-    return failed
+    return [str(p) for p in Path(place).parents if not p.stat().st_mode & 1]
 
 
 def confine(request, pipe):
@@ -142,7 +132,11 @@ def confine(request, pipe):
     os.dup2(pipe, 3)
     os.closerange(4, 1024)
     for name, most in (LIMITS | {"RLIMIT_FSIZE": request["file_bytes"]}).items():
-        resource.setrlimit(getattr(resource, name), (most, most))
+        limit = getattr(resource, name)
+        hard = resource.getrlimit(limit)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(limit, (most, most))
+    Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go where memory ends
     os.chdir(request["scratch"])
     ctypes.CDLL(None).prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
     os.setgroups([])
@@ -154,7 +148,8 @@ def sweep(uid):
     """Kills all that the user `uid` runs, at once, and waits for it."""
     pid = os.fork()
     if pid == 0:
-        os.setuid(uid)
+        other = uid + 1                                  # so that they cannot kill this one first
+        os.setresuid(other, uid, other)
         try:
             os.kill(-1, signal.SIGKILL)
         finally:
@@ -207,12 +202,14 @@ def say(facts, frame=b""):
 
 def nursery():
     request = json.load(sys.stdin)
+    os.umask(0o022)                                      # the user must reach what is kept
     for name in request["preload"]:                      # the user may not be able to read them
         with contextlib.suppress(ImportError):           # our own files are not found here
             importlib.import_module(name)
     checks = programs(Path(request["checks"]))
-    isolated = isolate(request["hide"])
-    closed = closed_above(sys.prefix) + closed_above(sys.base_prefix)
+    closed = closed_above(sys.prefix)[-1:] + closed_above(sys.base_prefix)[-1:]
+    keep = sys.prefix, sys.base_prefix, request["folder"], request["scratch"]
+    isolated = isolate({request["beside"], *request["hide"], *closed, *TEMPORARY} - {"/"}, keep)
     ready = isolated or not (request["hide"] or closed)
     say({"isolated": isolated, "ready": ready})
     if not ready:

@@ -67,6 +67,15 @@ ATTACKS = {
     "wrong shape": "return torch.zeros(3)",
     "NaN": "return torch.full((40, 6), float('nan'))",
     "object array": "import numpy as np\nreturn np.array([[None] * 6] * 40)",
+    "kills the sweeper": "import os\nif os.fork() == 0:\n    while True:\n        try:\n"
+                         "            os.kill(-1, 9)\n        except OSError:\n            pass\n"
+                         "return args[0]",
+    "words in a frame": "import os, io, numpy as np\nf = io.BytesIO()\n"
+                        "np.savez(f, sum=np.array(['a']))\nos.write(3, f.getvalue())\nos._exit(0)",
+    "a message that acts": "raise ValueError('\\ud800\\x1b[2J\\n 54 of 54')",
+    "deep folders": "import os\nfor i in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\n"
+                    "return args[0]",
+    "reads a neighbour": "open('NEIGHBOURS/0/prism.py')",
     "str() hangs": "class E(Exception):\n    def __str__(self):\n        while True: pass\nraise E()",
 }
 ARRAYS = ("wrong shape", "NaN", "object array", "overloaded comparison", "patched torch",
@@ -87,11 +96,11 @@ def a1(tmp_path_factory):
     return folder
 
 
-def run(grader, submission, *options):
+def run(grader, submission, *options, umask=-1):
     """grade.py as a process -> its results.json, what it printed, seconds"""
     out, start = submission / "results.json", time.monotonic()
     words = [sys.executable, str(grader / "grade.py"), str(submission), f"--out={out}", *options]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, umask=umask)
     assert out.exists(), done.stderr
     return json.loads(out.read_text()), done.stdout, time.monotonic() - start
 
@@ -142,7 +151,7 @@ def test_no_attack_gains_anything(a1, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.01)
         known = {"GRADER_FOLDER": a1, "GRADER": os.getpid(), "ROOT": ROOT,
-                 "PORT": server.getsockname()[1]}
+                 "PORT": server.getsockname()[1], "NEIGHBOURS": tmp_path}
         inside = []
         for name, code in ATTACKS.items():
             for word, value in known.items():
@@ -179,7 +188,7 @@ def test_no_attack_gains_anything(a1, tmp_path):
         "pickle in a frame": "no .npz of numbers", "endless frame": "too long",
         "zip bomb": "too long", "reads the reference": "Error",
         "imports the reference": "Error", "parents' memory": "Permission",
-        "reads the key": "Permission", "writes to the grader": "Permission", "network": "unreachable",
+        "reads the key": "Error", "writes to the grader": "Error", "network": "unreachable",
         "syntax error": "prism.py, line 11: SyntaxError", "wrong shape": "shape (3,)",
         "import error": "a_package_that_is_not_there", "NaN": "NaN", "object array": "object",
         "str() hangs": "no answer within"}
@@ -245,9 +254,14 @@ def test_trusted_grades_tell_the_mistake_and_are_the_same_each_time(a1, tmp_path
 @AS_ROOT
 def test_the_sandbox_gives_full_marks_to_the_source(a1, tmp_path):
     right = submit(tmp_path / "right", course.source("a1"), ["prism.py", "sample.py"])
-    result, printed, _ = run(a1, right)
+    result, printed, _ = run(a1, right, umask=0o077)
     assert result["score"] == 54 and "54 of 54" in printed
+    assert a1.stat().st_mode & 0o777 == 0o700            # the key, and the zip that holds it
     (right / "prism.py").unlink()
     (right / "prism.py").symlink_to(a1 / "key.json")
     result, _, _ = run(a1, right)
     assert result["score"] == 0 and "prism.py is no file" in result["tests"][0]["output"]
+    (right / "prism.py").unlink()
+    result, _, _ = run(a1, right)                        # its stub is graded
+    assert result["score"] == 0 and "missing" in result["output"]
+    assert "not written yet" in result["tests"][0]["output"]

@@ -136,8 +136,12 @@ def main():
     parser.add_argument("--trusted", action="store_true", help="no sandbox: only for your own work")
     parser.add_argument("--out", help="a board, results.json, or a page for table")
     options = parser.parse_args()
+    if options.command == "train" and not options.out:
+        raise grade.Stop("expected --out=secret.npz")
+    if options.command == "score" and len(options.words) != 1:
+        raise grade.Stop(f"found {options.words}, expected one folder with score.py")
     if options.command == "train":
-        train(options.seed, options.work, options.out or HERE / "board.npz")
+        train(options.seed, options.work, options.out)
     elif options.command == "table":
         table(options.words, options.out)
     else:
@@ -147,5 +151,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (grade.Stop, OSError) as error:
+    except (grade.Stop, OSError, ValueError, KeyError) as error:
         sys.exit(f"error: {error}")
