@@ -40,18 +40,26 @@ def programs(path):
     return found
 
 
-def load(folder, files):
-    """Imports the files of a folder, anew -> namespace of modules by their names."""
-    folder = Path(folder).resolve()
+@contextlib.contextmanager
+def loaded(folder, files):
+    """Imports the files of a folder anew -> namespace of modules; then all is as before."""
+    folder, path, before = Path(folder).resolve(), list(sys.path), dict(sys.modules)
     sys.dont_write_bytecode = True
-    places = [str(folder), str(folder / "experiments"), str(folder / "experiments/attribution")]
-    for place in places:
-        for path in Path(place).glob("*.py"):
-            sys.modules.pop(path.stem, None)
-    sys.path[:] = places + [place for place in sys.path if place not in places]
+    places = [folder, folder / "experiments", folder / "experiments/attribution"]
+    names = [file.stem for place in places for file in place.glob("*.py")]
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.path[:0] = map(str, places)
     importlib.invalidate_caches()
-    names = [Path(file).stem for file in files]
-    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    try:
+        stems = [Path(file).stem for file in files]
+        yield SimpleNamespace(**{stem: importlib.import_module(stem) for stem in stems})
+    finally:
+        sys.path[:] = path
+        for name in names:
+            sys.modules.pop(name, None)
+            if name in before:
+                sys.modules[name] = before[name]
 
 
 def describe(error, folder):
@@ -86,11 +94,11 @@ def answer(folder, files, check, seeds):
     import torch
     arrays, seed = {}, None
     try:
-        modules = load(folder, files)
-        for seed in seeds:
-            torch.manual_seed(seed)
-            for name, value in check(modules, np.random.default_rng(seed)).items():
-                arrays[f"{seed}/{name}"] = numbers(value)
+        with loaded(folder, files) as modules:
+            for seed in seeds:
+                torch.manual_seed(seed)
+                for name, value in check(modules, np.random.default_rng(seed)).items():
+                    arrays[f"{seed}/{name}"] = numbers(value)
     except BaseException as error:                       # sys.exit and recursion too
         where = "" if seed is None else f", at seed {seed}"
         return {"error": np.array(describe(error, folder) + where)}
