@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 import worker  # noqa: E402
-from grade import Stop, difference, tolerance  # noqa: E402
+from grade import Stop, by_seed, difference, tolerance  # noqa: E402
 
 ASSIGNMENTS = "a1", "a2", "a3", "a4"
 KEPT = ["prism.py", "common.py", "train.py", "sample.py", "data/prepare.py", "requirements.txt"]
@@ -219,54 +219,53 @@ def mutants_of(assignment, check, files, variant):
     return found
 
 
-def numbers(assignment, year, check, seeds, count):
-    """The first `count` seeds at which every mistake of a check lies APART -> {seed: {mutant: its
-    arrays}}, the reference under ""; {mutant: message}"""
-    variant = variant_of(assignment, year)
-    files = source(assignment, variant)
-    mutants = mutants_of(assignment, check.name, files, variant)
-    names, program = submitted(read_checks(assignment)), programs(assignment)[check.name]
+def numbers(name, program, submitted_files, files, mutants, seeds, count):
+    """The first `count` seeds at which every mutant of the check `name` lies APART -> {seed:
+    {mutant: its arrays}}, the reference under "" """
     found = {}
     for seed in itertools.islice(seeds, 20 * count):
-        right = run(files, names, program, [seed])
+        right = run(files, submitted_files, program, [seed])
         if "error" in right:
-            raise Stop(f"the reference fails {check.name}: {right['error']}")
+            raise Stop(f"the reference fails {name}: {right['error']}")
         answers, near = {"": right}, []
-        for name, _, wrong in mutants:
-            answers[name] = run(wrong, names, program, [seed])
-            least = distance(answers[name], right)
-            if name != "published" and least is not None and least < APART:
-                near.append(name)
+        for mutant, _, wrong in mutants:
+            answers[mutant] = run(wrong, submitted_files, program, [seed])
+            least = distance(answers[mutant], right)
+            if mutant != "published" and least is not None and least < APART:
+                near.append(mutant)
         if not near:
             found[seed] = answers
         if len(found) == count:
-            return found, {name: message for name, message, _ in mutants}
-    raise Stop(f"{assignment}: {check.name} does not tell {near} from the reference")
+            return found
+    raise Stop(f"{name} does not tell {near} from the reference")
 
 
 def make_key(assignment, year, seeds_of, count):
     """The key of numbers at `count` seeds of seeds_of() -> dict of key.json, arrays of key.npz"""
-    checks = read_checks(assignment)
+    checks, program = read_checks(assignment), programs(assignment)
+    names, published = submitted(checks), source(assignment)
     for mistake in read_mistakes(assignment):            # all fit the published source
-        patched(source(assignment), mistake)
+        patched(published, mistake)
+    variant = variant_of(assignment, year)
+    files = patched(published, variant) if variant else published
     arrays, seeds, messages, rows = {}, {}, {}, []
     for check in checks:
-        found, messages[check.name] = numbers(assignment, year, check, seeds_of(), count)
+        mutants = mutants_of(assignment, check.name, files, variant)
+        found = numbers(check.name, program[check.name], names, files, mutants, seeds_of(), count)
         seeds[check.name] = list(found)
+        messages[check.name] = {name: message for name, message, _ in mutants}
         rows.append(dict(name=check.name, points=check.points, what=check.what))
         for seed, answers in found.items():
             for mutant, answer in answers.items():
-                for path in answer.keys() - {"error"}:
-                    _, name = path.split("/", 1)
-                    arrays[f"{check.name}/{seed}/{mutant}/{name}"] = answer[path]
-    facts = dict(title=f"{assignment}, {year or 'as published'}", files=submitted(checks),
-                 limits=LIMITS, project="", checks=rows, seeds=seeds, mutants=messages)
+                for name, array in by_seed(answer).get(str(seed), {}).items():
+                    arrays[f"{check.name}/{seed}/{mutant}/{name}"] = array
+    facts = dict(title=f"{assignment}, {year or 'as published'}", files=names, limits=LIMITS,
+                 project="", checks=rows, seeds=seeds, mutants=messages)
     return facts, arrays
 
 
 def secret_seeds():
-    while True:
-        yield secrets.randbelow(2 ** 31)
+    return iter(lambda: secrets.randbelow(2 ** 31), None)
 
 
 # ------------------------------------------- folders

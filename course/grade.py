@@ -51,14 +51,8 @@ def difference(found, expected):
     return np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-30)
 
 
-def same(found, expected):
-    """{name: array} twice -> whether all agree"""
-    return found.keys() == expected.keys() and all(
-        difference(found[name], expected[name]) <= tolerance(expected[name]) for name in expected)
-
-
 def first_fault(found, expected):
-    """Where two sets of arrays differ, in words"""
+    """Where two sets of arrays, {name: array}, differ, in words; "" if all agree"""
     if found.keys() != expected.keys():
         missing, more = expected.keys() - found.keys(), found.keys() - expected.keys()
         return f"missing: {sorted(missing)}, not expected: {sorted(more)}"
@@ -69,7 +63,7 @@ def first_fault(found, expected):
         if not np.isfinite(mine).all():
             return f"{name} holds NaN or infinity"
         off = difference(mine, right)
-        if off > tolerance(right):
+        if not off <= tolerance(right):                  # a mistake's numbers may be NaN
             at = np.unravel_index(np.abs(mine - right).argmax(), mine.shape)
             place = f" at [{', '.join(map(str, at))}]" if at else ""
             return (f"{name} {mine.shape} is off by {off:.1e} of its largest entry{place}, where "
@@ -77,21 +71,27 @@ def first_fault(found, expected):
     return ""
 
 
+def by_seed(arrays):
+    """{"seed/name": array} -> {seed: {name: array}}, seeds as words"""
+    found = {}
+    for path, array in arrays.items():
+        seed, _, name = path.partition("/")
+        found.setdefault(seed, {})[name] = array
+    return found
+
+
 def judge(key, check, arrays):
     """One check's arrays, "seed/name" -> whether they are right, and what to say if not"""
     if "error" in arrays:
         return False, str(arrays["error"])[:400]
+    answers = by_seed(arrays)
     for seed in map(str, key.seeds[check]):
-        found = {}
-        for name, array in arrays.items():
-            if name.startswith(seed + "/"):
-                found[name.removeprefix(seed + "/")] = array
-        expected = key.arrays[check, seed, ""]
-        if same(found, expected):
+        found = answers.get(seed, {})
+        why = first_fault(found, key.arrays[check, seed, ""])
+        if not why:
             continue
         told = [message for mutant, message in key.mutants[check].items()
-                if same(found, key.arrays.get((check, seed, mutant), {}))]
-        why = first_fault(found, expected)
+                if not first_fault(found, key.arrays.get((check, seed, mutant), {}))]
         if told:
             why = f"{why}. These are the numbers of this mistake: {' -- or: '.join(told)}"
         again = f".venv/bin/python grader/grade.py . --trusted --check={check} --seed={seed}"
@@ -140,8 +140,9 @@ def read_frame(frame, why):
     return arrays
 
 
-def in_process(key, folder, checks, run):
+def in_process(key, folder, run):
     """{check: arrays}, without a sandbox"""
+    checks = worker.programs(HERE / "checks.py")
     found = {"import": worker.answer(folder, key.files, None, [])}
     if found["import"]:
         return found
@@ -170,11 +171,12 @@ def hidden(project):
 def free_user():
     """Two user ids that nobody has: one for the submission, the next for what kills its processes
     -> the first, a socket that holds a lock on both"""
+    taken = in_use()
     for uid in range(50000, 60000, 2):
         lock = socket.socket(socket.AF_UNIX)
         with contextlib.suppress(OSError):
             lock.bind(f"\0course grader {uid}")
-            if not {uid, uid + 1} & in_use():
+            if not {uid, uid + 1} & taken:
                 return uid, lock
     raise Stop("all user ids from 50000 to 60000 are in use")
 
@@ -249,15 +251,14 @@ def assemble(key, submission, folder):
 
 def grade(key, submission, run, trusted):
     """-> {check: arrays}, a note"""
-    checks = worker.programs(HERE / "checks.py")
     if trusted and not (HERE / "files").exists():        # a release: the folder is complete
-        return in_process(key, submission, checks, run), ""
+        return in_process(key, submission, run), ""
     with tempfile.TemporaryDirectory() as folder:
         problem, missing = assemble(key, submission, Path(folder))
         if problem:
             return {"import": {"error": problem}}, ""
         if trusted:
-            found, note = in_process(key, folder, checks, run), ""
+            found, note = in_process(key, folder, run), ""
         else:
             subprocess.run(["chmod", "-R", "a+rX", folder], check=True)   # whatever the umask is
             found, note = in_sandbox(key, submission, folder, run)

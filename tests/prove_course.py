@@ -20,7 +20,7 @@ sys.path.insert(0, str(COURSE))
 from course import (APART, ASSIGNMENTS, blank, body_of, distance, make_key,  # noqa: E402
                     mutants_of, programs, read_checks, replaced, run, secret_seeds, source,
                     submitted, variants, write_grader)
-from grade import Key, Stop, difference, judge, results  # noqa: E402
+from grade import Key, Stop, by_seed, difference, judge, results  # noqa: E402
 
 
 def score(key, files, assignment):
@@ -29,15 +29,6 @@ def score(key, files, assignment):
     for name, seeds in key.seeds.items():
         found[name] = run(files, key.files, program[name], seeds)
     return results(key, found, "")["score"], sum(check["points"] for check in key.checks)
-
-
-def by_seed(answer):
-    """{"seed/name": array} -> {seed: {name: array}}"""
-    found = {}
-    for path, array in answer.items():
-        seed, _, name = path.partition("/")
-        found.setdefault(int(seed), {})[name] = array
-    return found
 
 
 def prove_mistakes(assignment, n):
@@ -58,12 +49,12 @@ def prove_mistakes(assignment, n):
         key.checks.append(check._asdict())
         alive = {name: by_seed(a) for name, a in answers.items() if "error" not in a}
         for name, arrays in alive.items():
-            key.arrays |= {(check.name, str(seed), name): arrays[seed] for seed in seeds}
+            key.arrays |= {(check.name, seed, name): answer for seed, answer in arrays.items()}
         for name, message, _ in mutants:
             _, said = judge(key, check.name, answers[name])
             row = dict(check=check.name, mistake=name, tolerances=None, said=said)
             if name in alive:
-                off = [distance(alive[name][seed], alive[""][seed]) for seed in seeds]
+                off = [distance(alive[name][seed], right) for seed, right in alive[""].items()]
                 row |= dict(tolerances=float(min(off)), said=message in said and "or: " not in said)
             rows.append(row)
     return key, rows
@@ -125,9 +116,9 @@ def drift(path):
     numbers = {}
     for assignment in ASSIGNMENTS:
         checks, files = read_checks(assignment), source(assignment)
+        program = programs(assignment)
         for check in checks:
-            program = programs(assignment)[check.name]
-            found = run(files, submitted(checks), program, [1, 2, 3, 4, 5])
+            found = run(files, submitted(checks), program[check.name], [1, 2, 3, 4, 5])
             numbers |= {f"{assignment}/{check.name}/{name}": a for name, a in found.items()}
     if not Path(path).exists():
         np.savez(path, **numbers)

@@ -127,19 +127,17 @@ def processes():
 
 def hostile(stubs, attacks):
     """Stubbed files with one attack per function, or the single one at the import"""
-    files = dict(stubs)
-    for (check, file, name), code in attacks:
-        if code.startswith("import:"):
-            start = code.removeprefix("import:") + "\nimport math"
-            files[file] = files[file].replace("import math", start, 1)
-            continue
-        first, last = course.body_of(files[file], name, file)
-        lines = files[file].splitlines()
+    codes = {(file, name): code for (_, file, name), code in attacks}
+    (file, _), code = next(iter(codes.items()))
+    if code.startswith("import:"):
+        start = code.removeprefix("import:") + "\nimport math"
+        return stubs | {file: stubs[file].replace("import math", start, 1)}
+
+    def body(file, name):
+        lines = codes[file, name].replace("NAME", name).splitlines()
         indent = " " * (4 + 4 * name.count("."))
-        body = ["args = [*locals().values()]", *code.replace("NAME", name).splitlines()]
-        lines[first:last] = [indent + line for line in body]
-        files[file] = "\n".join(lines) + "\n"
-    return files
+        return [indent + line for line in ["args = [*locals().values()]", *lines]]
+    return course.replaced(stubs, [SimpleNamespace(stubs=list(codes))], body)
 
 
 @AS_ROOT

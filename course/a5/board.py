@@ -6,9 +6,8 @@
     python board.py table name=results.json ... --out=board.html  all submissions, the best first
 
 A submission is one function, score(run, queries) -> (queries, documents). It gets the run of one
-model of all text and never sees the halves; board.npz keeps their losses. LDS as in lds.py: the
-mean over queries of Spearman's correlation, over halves, of real losses and minus the kept scores'
-sum.
+model of all text and never sees the halves; board.npz keeps their losses. LDS as in lds.py:
+mean over queries of Spearman's correlation, over halves, of losses and minus the kept scores' sum.
 """
 import argparse
 import html
@@ -123,7 +122,8 @@ def table(names, out):
     print("\n".join(lines))
     if out:
         page = f"<!doctype html><meta charset=utf-8><pre>{html.escape(chr(10).join(lines))}</pre>"
-        Path(out).write_text(page, "utf-8")
+        with atomic(out, "w", encoding="utf-8") as f:
+            f.write(page)
 
 
 def main():
